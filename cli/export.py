@@ -1,0 +1,71 @@
+"""`lenet-deploy export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lenet_deploy.variants import FORMATS, PRECISIONS
+
+from .options import DataDir, Device, Download, OptionalData, Quiet, Seed, Set, What, dataset, settings, words
+from .output import emit, note, progress
+
+
+def export(
+    what: What = "lenet5",
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT,...", help=f"{', '.join(FORMATS)}, or all.")] = "torchscript,onnx",
+    precision: Annotated[str, typer.Option(metavar="P,...", help=f"{', '.join(PRECISIONS)}.")] = "fp32",
+    opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
+    out: Annotated[Path | None, typer.Option(help="The bundle's folder. Default: ./NAME")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that stands there.")] = False,
+    model: Annotated[str | None, typer.Option(help="Which model a bare state_dict is. Default: the first that fits.")] = None,
+    set_: Set = None,
+    seed: Seed = 0,
+    data: OptionalData = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Export a model into a bundle that is published only if every artifact computes the same function."""
+    from lenet_deploy import api
+    from lenet_deploy.report.table import to_text
+    from lenet_deploy.report.tables import artifact_table, parity_table
+    from lenet_deploy.sources import load
+
+    checkpoint = load(what, model=model, settings=settings(set_), seed=seed)
+    note(f"{what}: {checkpoint.provenance.get('source', 'a checkpoint')}", quiet)
+    with progress(quiet) as show:
+        try:
+            report = api.export(
+                checkpoint,
+                out or Path(_default_name(what)),
+                formats=words(to),
+                precisions=words(precision),
+                opset=opset,
+                force=force,
+                device=device,
+                dataset=dataset(data, data_dir, download),
+                progress=show,
+            )
+        except api.ParityFailed as error:
+            typer.echo(to_text(parity_table(error.report)))
+            raise
+    for failure in report.left_out:
+        note(f"left out: {failure.name}: {failure.reason}")
+    for remark in report.parity.notes:
+        note(f"note: {remark}", quiet)
+    typer.echo(to_text(parity_table(report.parity)))
+    typer.echo("")
+    emit(artifact_table(report.bundle.manifest.artifacts), str, None, None, f"published {report.bundle.path}")
+
+
+def _default_name(what: str) -> str:
+    """The model's name; for a file its own, or its folder's where it is called `checkpoint`, with `-bundle` to keep it apart."""
+    path = Path(what)
+    if not path.exists():
+        return path.name
+    stem = path.resolve().parent.name if path.stem == "checkpoint" else path.stem
+    return f"{stem}-bundle"

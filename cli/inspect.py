@@ -1,0 +1,37 @@
+"""`lenet-deploy inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from .options import Json, Set, What, settings
+from .output import emit
+
+
+def inspect(what: What = "lenet5", set_: Set = None, json: Json = None) -> None:
+    """Print the layer table: output shape by the formula, kernel, stride, padding, parameters, MACs, bytes."""
+    from lenet_deploy import environment
+    from lenet_deploy.models import MODELS, find_model
+    from lenet_deploy.report.tables import layer_table
+    from lenet_deploy.store import dump
+
+    if what in (model.name for model in MODELS):  # needs no torch
+        name, config = what, find_model(what).configured(settings(set_))
+        described = f"{what}: {find_model(what).summary}" if not set_ else f"{what} with {', '.join(set_)}"
+    else:
+        from lenet_deploy.sources import open_source
+
+        source = open_source(Path(what) if Path(what).exists() else what, settings=settings(set_))
+        name, described = source.metadata.model, f"{source.described}: {source.metadata.model}"
+        config = find_model(name).config_from(source.metadata.config)
+    layers = config.layers()
+    shape = (config.in_channels, config.image_size, config.image_size)
+    body = {
+        "model": name,
+        "config": dataclasses.asdict(config),
+        "layers": [
+            {**dataclasses.asdict(layer), "parameter_bytes": layer.parameter_bytes, "output_bytes": layer.output_bytes} for layer in layers
+        ],
+    }
+    emit(layer_table(shape, layers), lambda: dump("inspect", 1, environment.capture(), body), json, None, described)

@@ -1,0 +1,73 @@
+"""Options that several commands share, and how their text is parsed. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lenet_deploy.errors import BadInput
+from lenet_deploy.models import MODELS
+
+if TYPE_CHECKING:
+    from lenet_deploy.data import Dataset
+
+MODEL_NAMES = ", ".join(model.name for model in MODELS)
+
+What = Annotated[str, typer.Argument(help="A model name, a checkpoint, a bundle folder or an artifact file.", show_default=False)]
+BundlePath = Annotated[Path, typer.Argument(help="A bundle folder, as written by export.", show_default=False)]
+Data = Annotated[str, typer.Option("--data", help="digits (embedded), mnist, fashion-mnist, cifar10, or FILE.npz.")]
+OptionalData = Annotated[
+    str | None, typer.Option("--data", help="Real images: a data set name or FILE.npz. Default: the one trained on, else digits.")
+]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder of torchvision's data files. Default: ./data")]
+Download = Annotated[bool, typer.Option("--download/--no-download", help="Fetch missing data files.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the weights and of the order of images.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the model's config, as in --set channels=8,16. Repeatable.")
+]
+Variants = Annotated[str | None, typer.Option("--variants", metavar="GLOB,...", help="Variants by name, as in 'onnx/*,eager/*'.")]
+Batches = Annotated[str | None, typer.Option("--batch", metavar="N,...", help="Batch sizes.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON; - is standard output.")]
+Markdown = Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the table as Markdown.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The parts of `a,b`; raises BadInput for an empty part."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise BadInput(f"{text!r} has an empty part; separate with single commas")
+    return parts
+
+
+def numbers(text: str | None) -> tuple[int, ...] | None:
+    """The whole numbers of `1,8,64`, or None for None; raises BadInput."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in words(text))
+    except ValueError:
+        raise BadInput(f"{text!r} is not whole numbers separated by commas") from None
+
+
+def settings(pairs: list[str] | None) -> dict[str, str]:
+    """`KEY=VALUE` options by key; raises BadInput."""
+    found = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not (key and equals and value):
+            raise BadInput(f"--set {pair!r} is not KEY=VALUE")
+        found[key] = value
+    return found
+
+
+def dataset(name: str | None, data_dir: Path | None, download: bool) -> Dataset | None:
+    """The data set of that name, or None for None; raises BadInput."""
+    if name is None:
+        return None
+    from lenet_deploy.data import load_dataset
+
+    return load_dataset(name, data_dir, download)

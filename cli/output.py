@@ -1,0 +1,63 @@
+"""Where results and progress go: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from lenet_deploy.report.table import Table
+
+
+def emit(table: Table, text: Callable[[], str], json_to: str | None, markdown_to: Path | None = None, *lines: str) -> None:
+    """Print the table and `lines`, or the JSON alone with `--json -`; write the files that were asked for.
+
+    `text` makes the JSON document, if it is wanted.
+    """
+    from lenet_deploy.report.table import to_markdown, to_text
+    from lenet_deploy.store import write_file
+
+    if json_to == "-":
+        typer.echo(text(), nl=False)
+    else:
+        typer.echo(to_text(table))
+        for line in lines:
+            typer.echo(line)
+        if json_to is not None:
+            write_file(Path(json_to), text().encode())
+    if markdown_to is not None:
+        write_file(markdown_to, (to_markdown(table) + "\n").encode())
+
+
+def verdict(word: str, good: bool) -> str:
+    """A word in green or red on a terminal, plain elsewhere and with NO_COLOR."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return typer.style(word, fg="green" if good else "red", bold=True)
+    return word
+
+
+def note(message: str, quiet: bool = False) -> None:
+    """A line for the person at the terminal."""
+    if not quiet:
+        typer.echo(message, err=True)
+
+
+@contextlib.contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a terminal, nothing elsewhere; the callable takes steps done, steps in all, and what is at work."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

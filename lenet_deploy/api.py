@@ -1,0 +1,391 @@
+"""The public functions: export (export + parity + publish), check_parity, benchmark, and what the commands add.
+
+Importing this module imports no torch; the functions import what they need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from lenet_deploy import environment
+from lenet_deploy.errors import BadInput, GateFailed, Unusable
+from lenet_deploy.records import (
+    AccuracyRow,
+    Artifact,
+    ArtifactMetadata,
+    BenchReport,
+    Failure,
+    ParityReport,
+    ParityResult,
+    Prediction,
+    RuntimeStatus,
+)
+from lenet_deploy.sources import (
+    artifact_of,
+    bundle_checkpoint,
+    bundle_source,
+    bundle_variants,
+    computing,
+    device_of,
+    load,
+    on_device,
+    open_session,
+    open_source,
+    parity_dataset,
+)
+from lenet_deploy.variants import CHECKPOINT, DEVICES, RUNTIMES, VARIANTS, select_artifacts, select_variants
+
+if TYPE_CHECKING:
+    import torch
+
+    from lenet_deploy.bundle import Bundle
+    from lenet_deploy.checkpoint import Checkpoint
+    from lenet_deploy.data import Dataset
+    from lenet_deploy.runtimes import Session
+
+# Called with steps done, steps in all, and what is at work.
+Progress: TypeAlias = Callable[[int, int, str], None]
+
+
+def _silent(done: int, total: int, what: str) -> None:
+    """The default progress: none."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did.
+
+    Attributes:
+        bundle: the published bundle.
+        parity: the check that allowed it.
+        left_out: artifacts that failed to export, with the reason.
+    """
+
+    bundle: Bundle
+    parity: ParityReport
+    left_out: tuple[Failure, ...]
+
+
+class ParityFailed(GateFailed):
+    """Artifacts that do not compute the checkpoint's function; carries the report."""
+
+    def __init__(self, message: str, report: ParityReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def export(
+    what: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    formats: Iterable[str] = ("torchscript", "onnx"),
+    precisions: Iterable[str] = ("fp32",),
+    opset: int = 18,
+    force: bool = False,
+    device: str = "auto",
+    dataset: Dataset | None = None,
+    progress: Progress = _silent,
+) -> ExportReport:
+    """Export a checkpoint into a bundle, prove each artifact equal to the oracle, and publish all or nothing.
+
+    Args:
+        what: a checkpoint, or anything `load` takes.
+        out: the bundle's folder.
+        formats, precisions: as `--to` and `--precision`.
+        opset: ONNX operator set.
+        force: replace a bundle that stands at `out`.
+        device: `auto` checks parity on every device here; `cpu` or `cuda[:N]` on that one.
+        dataset: real images for parity and, when it is the one trained on, for the accuracies in the manifest.
+
+    Raises:
+        BadInput: see `load`; also an `out` that may not be replaced.
+        ParityFailed: an artifact differs from the oracle; nothing was published.
+        GateFailed: nothing could be exported.
+        CannotWrite: the disk refused; what stood at `out` is as it was.
+    """
+    from lenet_deploy import checkpoint as checkpoints
+    from lenet_deploy.atomic import publish, staging_folder
+    from lenet_deploy.bundle import Bundle, check_target, write_artifact, write_manifest
+    from lenet_deploy.checkpoint import Checkpoint
+    from lenet_deploy.devices import parse_device
+    from lenet_deploy.exporters import ExportOptions
+    from lenet_deploy.records import Manifest
+
+    specs = select_artifacts(formats, precisions)
+    parse_device(device)
+    target = Path(out)
+    replaces = check_target(target, force)
+    source = what if isinstance(what, Checkpoint) else load(what)
+    images = dataset or parity_dataset(source)
+    metadata, module = source.metadata(), source.module()
+    left_out: list[Failure] = []
+    with staging_folder(target) as staging:
+        artifacts = [write_artifact(staging, CHECKPOINT.name, CHECKPOINT.format, CHECKPOINT.path, checkpoints.to_bytes(source))]
+        for number, spec in enumerate(specs):
+            progress(number, len(specs) + 1, f"export {spec.name}")
+            assert spec.exporter is not None
+            try:
+                exported = spec.exporter()(module, metadata, ExportOptions(opset))
+            except Exception as error:  # exporters raise what they like; each is reported and takes no other with it
+                left_out.append(Failure(spec.name, str(error).strip().splitlines()[0] if str(error).strip() else repr(error)))
+                continue
+            artifacts.append(write_artifact(staging, spec.name, spec.format, spec.path, exported.data, exported.details))
+        if len(artifacts) == 1:
+            reasons = "; ".join(f"{failure.name}: {failure.reason}" for failure in left_out)
+            raise GateFailed(f"nothing could be exported, so {target} is as it was: {reasons}")
+        progress(len(specs), len(specs) + 1, "check parity")
+        manifest = Manifest(metadata, tuple(artifacts), environment.versions(), source.dataset, environment.capture())
+        draft = Bundle(staging, manifest)
+        report = check_parity(draft, device=device, dataset=images)
+        if report.verdict == "fail":
+            raise ParityFailed(f"an artifact does not compute the checkpoint's function, so {target} is as it was", report)
+        accuracies = _accuracies(draft, report, images) if images.name == source.dataset else {}
+        verified = tuple(_judged(artifact, report, accuracies) for artifact in artifacts)
+        manifest = dataclasses.replace(manifest, artifacts=verified)
+        write_manifest(staging, manifest)
+        publish(staging, target, replaces)
+    progress(len(specs) + 1, len(specs) + 1, "published")
+    return ExportReport(Bundle(target, manifest), report, tuple(left_out))
+
+
+def check_parity(
+    bundle: str | Path | Bundle,
+    *,
+    variants: Iterable[str] = ("*",),
+    batch_sizes: Sequence[int] | None = None,
+    device: str = "auto",
+    dataset: Dataset | None = None,
+    progress: Progress = _silent,
+) -> ParityReport:
+    """Judge every variant of a bundle against the float64 oracle of its own checkpoint.
+
+    Args:
+        variants: globs over variant names.
+        batch_sizes: each at least 1; 1, 2, 3 and 64 when None.
+        device: `auto` for every device, else only the variants of `cpu` or `cuda[:N]`.
+        dataset: real images; the bundle's own data set when None, where it is at hand, else the embedded digits.
+
+    Raises:
+        BadInput: not a bundle, an unknown variant, a batch size below 1, or a file whose digest is not the manifest's.
+        Unusable: `device` does not work here.
+    """
+    from lenet_deploy.parity.check import BATCH_SIZES, check_variant
+    from lenet_deploy.parity.inputs import input_sets
+
+    opened = _open(bundle)
+    sizes = _batch_sizes(batch_sizes or BATCH_SIZES)
+    selected = on_device(bundle_variants(opened, variants), device)
+    source, checkpoint = bundle_source(opened), bundle_checkpoint(opened)
+    images = dataset or parity_dataset(checkpoint)
+    inputs = input_sets(checkpoint, images, max(sizes))
+    notes = []
+    if checkpoint.dataset not in (None, images.name):
+        notes.append(f"real images are from {images.name}, not from {checkpoint.dataset}, which the model was trained on")
+    results: list[ParityResult] = []
+    with computing(device):
+        for number, variant in enumerate(selected):
+            progress(number, len(selected), variant.name)
+            results += check_variant(variant, source.read(variant), inputs, sizes, device_of(variant, device))
+    return ParityReport(tuple(results), tuple(notes), environment.capture())
+
+
+def benchmark(
+    bundle: str | Path | Bundle,
+    *,
+    variants: Iterable[str] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    scopes: Sequence[str] = ("device", "e2e"),
+    rounds: int | None = None,
+    profile: str = "quick",
+    device: str = "auto",
+    progress: Progress = _silent,
+) -> BenchReport:
+    """Measure the variants of a bundle that this machine can run; the others are listed with the reason.
+
+    Args:
+        variants: globs over variant names; what the profile covers when None.
+        batch_sizes: each at least 1; the profile's when None.
+        scopes: `device`, `e2e` or both.
+        rounds: times every case is visited; the profile's when None.
+        profile: `quick` or `full`.
+        device: `auto` for every device, else only the variants of `cpu` or `cuda[:N]`.
+
+    Raises:
+        BadInput: not a bundle, an unknown variant, scope or profile, a batch size or rounds below 1, a wrong digest.
+        Unusable: `device` does not work here, or none of the variants asked for does.
+    """
+    from lenet_deploy.bench.plan import SCOPES, Case, find_profile, measure
+
+    plan = find_profile(profile)
+    sizes = _batch_sizes(batch_sizes or plan.batch_sizes)
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise BadInput(f"unknown scope {scope!r}; use {' or '.join(SCOPES)}")
+    if rounds is not None:
+        if rounds < 1:
+            raise BadInput(f"rounds is {rounds}; it must be at least 1")
+        plan = dataclasses.replace(plan, rounds=rounds)
+    opened = _open(bundle)
+    selected = bundle_variants(opened, variants or ("*",))
+    if variants is None and plan.core_only:
+        selected = tuple(variant for variant in selected if variant.core)
+    selected = on_device(selected, device)
+    source, images = bundle_source(opened), _bench_images(opened, max(sizes))
+    skipped: list[Failure] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(computing(device))
+        cases = []
+        for variant in selected:
+            artifact = artifact_of(opened, variant)
+            try:
+                session = stack.enter_context(open_session(source, variant, device))
+            except Unusable as error:
+                skipped.append(Failure(variant.name, str(error)))
+                continue
+            cases += [
+                Case(
+                    variant,
+                    session,
+                    images[:size],
+                    scope,
+                    opened.metadata.preprocessing,
+                    artifact.size_bytes,
+                    artifact.accuracy.get(variant.name),
+                )
+                for size in sizes
+                for scope in scopes
+            ]
+        if not cases:
+            raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in skipped))
+        measurements = measure(cases, plan, progress)
+    return BenchReport(measurements, tuple(skipped), environment.capture())
+
+
+def evaluate(what: str | Path, dataset: Dataset, *, device: str = "auto") -> tuple[AccuracyRow, ...]:
+    """Accuracy on `dataset`'s test split of a checkpoint, of one artifact, or of every variant of a bundle.
+
+    Variants that cannot run here have no row.
+
+    Raises:
+        BadInput: see `open_source`; or the data set's labels do not fit the model.
+        Unusable: nothing of it runs here.
+    """
+    source = open_source(what)
+    if len(dataset.labels) > len(source.metadata.labels):
+        raise BadInput(f"{dataset.name} has {len(dataset.labels)} classes and this model {len(source.metadata.labels)}")
+    rows, reasons = [], []
+    with computing(device):
+        for variant in on_device(source.variants, device):
+            try:
+                with open_session(source, variant, device) as session:
+                    rows.append(_accuracy(variant.name, session, source.metadata, dataset))
+            except Unusable as error:
+                reasons.append(f"{variant.name}: {error}")
+    if not rows:
+        raise Unusable("; ".join(reasons))
+    return tuple(rows)
+
+
+def predict(
+    what: str | Path, images: Sequence[str | Path], *, variant: str | None = None, device: str = "auto", top: int = 3, invert: bool = False
+) -> tuple[Prediction, ...]:
+    """Classify PNG or JPEG files with one variant: the first of `what` that runs here, or the one named.
+
+    Args:
+        top: labels per image.
+        invert: swap dark and light first, for dark strokes on paper.
+
+    Raises:
+        BadInput: see `open_source`; or an image that cannot be read.
+        Unusable: the variant does not run here.
+    """
+    import torch
+
+    from lenet_deploy.data import load_image, normalise
+    from lenet_deploy.parity.check import run_batch
+
+    if top < 1:
+        raise BadInput(f"top is {top}; it must be at least 1")
+    source = open_source(what)
+    candidates = on_device(select_variants((variant,), source.variants) if variant else source.variants, device)
+    spec = source.metadata.preprocessing
+    pixels = torch.cat([load_image(Path(path), spec, invert) for path in images])
+    reasons = []
+    with computing(device):
+        for candidate in candidates:
+            try:
+                with open_session(source, candidate, device) as session:
+                    shares = run_batch(session, normalise(pixels, spec)).softmax(dim=1)
+            except Unusable as error:
+                reasons.append(f"{candidate.name}: {error}")
+                continue
+            ranked = shares.topk(min(top, shares.shape[1]))
+            return tuple(
+                Prediction(str(path), candidate.name, tuple((source.metadata.labels[i], p) for i, p in zip(row, values, strict=True)))
+                for path, row, values in zip(images, ranked.indices.tolist(), ranked.values.tolist(), strict=True)
+            )
+    raise Unusable("; ".join(reasons))
+
+
+def doctor() -> tuple[RuntimeStatus, ...]:
+    """What this machine can run, tried and not guessed: one status a runtime and device."""
+    return tuple(runtime.load().probe(device) for device in DEVICES for runtime in RUNTIMES)
+
+
+def _open(bundle: str | Path | Bundle) -> Bundle:
+    from lenet_deploy.bundle import open_bundle
+
+    return open_bundle(Path(bundle)) if isinstance(bundle, (str, Path)) else bundle
+
+
+def _accuracy(name: str, session: Session, metadata: ArtifactMetadata, dataset: Dataset) -> AccuracyRow:
+    from lenet_deploy.data import fit, normalise
+    from lenet_deploy.parity.check import run_batch
+    from lenet_deploy.train import EVALUATION_BATCH
+
+    correct = 0
+    for images, labels in zip(dataset.test_images.split(EVALUATION_BATCH), dataset.test_labels.split(EVALUATION_BATCH), strict=True):
+        scores = run_batch(session, normalise(fit(images, metadata.preprocessing), metadata.preprocessing))
+        correct += int((scores.argmax(dim=1) == labels).sum())
+    return AccuracyRow(name, correct, len(dataset.test_images))
+
+
+def _accuracies(bundle: Bundle, report: ParityReport, dataset: Dataset) -> dict[str, float]:
+    ran = {result.variant for result in report.results if result.status == "pass"}
+    source, found = bundle_source(bundle), {}
+    with computing("auto"):
+        for variant in bundle_variants(bundle, ("*",)):
+            if variant.name in ran:
+                with open_session(source, variant, "auto") as session:
+                    found[variant.name] = _accuracy(variant.name, session, bundle.metadata, dataset).accuracy
+    return found
+
+
+def _judged(artifact: Artifact, report: ParityReport, accuracies: Mapping[str, float]) -> Artifact:
+    """The artifact with the status that parity gave it: verified where at least one variant of it ran and passed."""
+    names = {variant.name for variant in VARIANTS if variant.artifact.name == artifact.name}
+    passed = any(result.variant in names and result.status == "pass" for result in report.results)
+    known = {name: value for name, value in accuracies.items() if name in names}
+    return dataclasses.replace(artifact, status="verified" if passed else "unverified", accuracy=known)
+
+
+def _bench_images(bundle: Bundle, count: int) -> torch.Tensor:
+    """Real uint8 images for the clock: the values do not matter to it, denormals and constants would."""
+    import torch
+
+    from lenet_deploy.data import fit, load_dataset
+
+    images = load_dataset("digits").test_images
+    return fit(images[torch.arange(count) % len(images)], bundle.metadata.preprocessing)
+
+
+def _batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    for size in sizes:
+        if size < 1:
+            raise BadInput(f"batch size is {size}; it must be at least 1")
+    return tuple(dict.fromkeys(sizes))

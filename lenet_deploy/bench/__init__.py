@@ -1,0 +1,1 @@
+"""How fast is each variant? One clock and one policy for all of them."""

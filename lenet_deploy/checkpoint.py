@@ -1,0 +1,268 @@
+"""Checkpoints: trained weights and all that rebuilds the model, in safetensors; foreign state_dicts, safely."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from lenet_deploy.data import make_preprocessing
+from lenet_deploy.errors import BadInput, DamagedFile, InvalidConfig, LenetDeployError
+from lenet_deploy.models import MODELS, Model, find_model, initialise
+from lenet_deploy.models.config import ModelConfig
+from lenet_deploy.records import ArtifactMetadata, Preprocessing
+from lenet_deploy.store import read_file
+
+METADATA_KEY = "lenet_deploy"
+SCHEMA = "lenet-deploy/checkpoint/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Weights, and everything needed to use them.
+
+    Attributes:
+        model: registered name.
+        config: configuration that rebuilds the module.
+        preprocessing: how an image becomes the module's input.
+        labels: class names in the order of the scores.
+        provenance: where the weights come from: data set, seed, epochs, versions ..., JSON values.
+        weights: float32 tensors by name, on the CPU.
+    """
+
+    model: str
+    config: ModelConfig
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+
+    def module(self) -> nn.Module:
+        """A new module in eval mode on the CPU that holds these weights; float32 (N, C, H, W) to (N, classes)."""
+        module = initialise(self.model, self.config)
+        module.load_state_dict(dict(self.weights))
+        return module
+
+    @property
+    def dataset(self) -> str | None:
+        """Name of the data set it was trained on, where known."""
+        return self.provenance.get("dataset")
+
+    def metadata(self) -> ArtifactMetadata:
+        """What each artifact made from this checkpoint carries."""
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # type: ignore[call-overload]  # configs are dataclasses
+        return ArtifactMetadata(self.model, config, self.preprocessing, self.labels, weights_sha256(self.weights))
+
+
+def fresh(model: Model, settings: Mapping[str, str], seed: int) -> Checkpoint:
+    """An untrained checkpoint of a registered model; raises UnknownName or InvalidConfig."""
+    config = model.configured(settings)
+    weights = _plain(initialise(model.name, config, seed).state_dict())
+    preprocessing = make_preprocessing(config.in_channels, config.image_size, model.pixel_range)
+    provenance = {"source": f"freshly initialised from seed {seed}", "seed": seed}
+    return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), provenance, weights)
+
+
+def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
+    """Digest of names, dtypes, shapes and bytes, independent of the order and of the file format."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def to_bytes(checkpoint: Checkpoint) -> bytes:
+    """The checkpoint as a safetensors file; its metadata carries a digest over tensors and metadata."""
+    body = {
+        "schema": SCHEMA,
+        **dataclasses.asdict(checkpoint.metadata()),
+        "provenance": dict(checkpoint.provenance),
+    }
+    text = json.dumps({**body, "digest": _digest(body)}, sort_keys=True)
+    return safetensors.torch.save(dict(checkpoint.weights), metadata={METADATA_KEY: text})
+
+
+def load(path: Path, model: str | None = None, settings: Mapping[str, str] | None = None) -> Checkpoint:
+    """Read a checkpoint, or a foreign state_dict (`.safetensors`, `.pt`, `.pth`); nothing in it is executed.
+
+    Args:
+        model: registered name for a file that does not say what it is; None tries each.
+        settings: `KEY=VALUE` config settings for such a file.
+
+    Raises:
+        BadInput: absent or unreadable; or its tensors fit no model asked for.
+        DamagedFile: truncated, altered, of another kind, or needing to run code to load.
+    """
+    return from_bytes(read_file(path, "a checkpoint"), str(path), model, settings or {})
+
+
+def from_bytes(data: bytes, where: str, model: str | None = None, settings: Mapping[str, str] | None = None) -> Checkpoint:
+    """As `load`, from bytes already read; `where` names them in messages."""
+    if not data:
+        raise DamagedFile(f"{where}: the file is empty")
+    if _is_pickle(data):
+        return _adopt(_state_dict(data, where), where, model, settings or {})
+    try:
+        weights = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DamagedFile(f"{where}: not a readable safetensors file ({error}); it is truncated, altered or of another kind") from None
+    text = _header_metadata(data).get(METADATA_KEY)
+    if text is None:
+        return _adopt(weights, where, model, settings or {})
+    if settings or model:
+        raise BadInput(f"{where}: this checkpoint carries its own model and config; leave out --model and --set")
+    return _decode(text, weights, where)
+
+
+def metadata_from_json(values: Mapping[str, Any], where: str) -> ArtifactMetadata:
+    """Artifact metadata from JSON values.
+
+    Raises:
+        DamagedFile: a key is missing or has the wrong type.
+    """
+    try:
+        raw = values["preprocessing"]
+        preprocessing = Preprocessing(
+            int(raw["channels"]), int(raw["resize"]), int(raw["padding"]), tuple(map(float, raw["mean"])), tuple(map(float, raw["std"]))
+        )
+        metadata = ArtifactMetadata(
+            values["model"], values["config"], preprocessing, tuple(map(str, values["labels"])), values["weights_sha256"]
+        )
+        config = find_model(metadata.model).config_from(metadata.config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(f"{where}: its metadata is incomplete ({error!r})") from None
+    except LenetDeployError as error:
+        raise DamagedFile(f"{where}: its metadata names a model that cannot be built: {error}") from None
+    fits = preprocessing.input_shape == (config.in_channels, config.image_size, config.image_size)
+    per_channel = len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels
+    if not (fits and per_channel and 0 not in preprocessing.std and len(metadata.labels) == config.classes):
+        raise DamagedFile(f"{where}: its preprocessing or labels do not fit its model's config")
+    return metadata
+
+
+def _decode(text: str, weights: dict[str, torch.Tensor], where: str) -> Checkpoint:
+    try:
+        body = json.loads(text)
+        schema = body["schema"]
+        digest = body.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedFile(f"{where}: its metadata is not that of a checkpoint") from None
+    if schema != SCHEMA:
+        raise DamagedFile(f"{where}: schema is {schema!r}, this version reads {SCHEMA!r}")
+    if _digest(body) != digest or weights_sha256(weights) != body.get("weights_sha256"):
+        raise DamagedFile(f"{where}: its digest does not match its content; the file was altered, get a fresh copy")
+    metadata = metadata_from_json(body, where)
+    model = find_model(metadata.model)
+    config = model.config_from(metadata.config)
+    _check_fit(weights, model, config, where)
+    return Checkpoint(metadata.model, config, metadata.preprocessing, metadata.labels, body.get("provenance", {}), weights)
+
+
+def _adopt(weights: dict[str, torch.Tensor], where: str, name: str | None, settings: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint from a bare state_dict: the first model, as configured, whose tensors it fits."""
+    candidates = (find_model(name),) if name else MODELS
+    reasons = []
+    for model in candidates:
+        try:
+            config = model.configured(settings)
+            _check_fit(weights, model, config, where)
+        except (InvalidConfig, DamagedFile, BadInput) as error:
+            reasons.append(f"{model.name}: {str(error).removeprefix(f'{where}: ')}")
+            continue
+        preprocessing = make_preprocessing(config.in_channels, config.image_size, model.pixel_range)
+        provenance = {"source": "a state_dict without metadata", "assumed": "default pooling, activation and normalisation, and --set"}
+        return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), provenance, _plain(weights))
+    raise DamagedFile(f"{where}: its tensors fit no model as configured; name it with --model and --set. " + "; ".join(reasons))
+
+
+def _check_fit(weights: Mapping[str, torch.Tensor], model: Model, config: ModelConfig, where: str) -> None:
+    module = initialise(model.name, config)
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        raise DamagedFile(f"{where}: tensors do not fit {model.name}: missing {_some(missing)}, unexpected {_some(extra)}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise DamagedFile(
+                f"{where}: tensor {name} is {tuple(tensor.shape)}, but {model.name} with this config has {tuple(expected[name].shape)}"
+            )
+        if tensor.dtype != torch.float32:
+            raise DamagedFile(f"{where}: tensor {name} is {tensor.dtype}; convert it to torch.float32")
+        if not torch.isfinite(tensor).all():
+            raise DamagedFile(f"{where}: tensor {name} holds NaN or infinity; the training diverged or the file was altered")
+    for name, buffer in module.named_buffers():
+        if name in weights and not torch.equal(weights[name], buffer):
+            raise DamagedFile(f"{where}: tensor {name} is fixed in {model.name} and differs here")
+        if name.endswith(".mask") and weights[name.replace(".mask", ".weight")].mul(1 - buffer).any():
+            raise DamagedFile(f"{where}: a weight outside the connection table of {name.removesuffix('.mask')} is not zero")
+
+
+def _state_dict(data: bytes, where: str) -> dict[str, torch.Tensor]:
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise DamagedFile(
+            f"{where}: it holds more than plain tensors, and reading it would run code; "
+            "where you trust its origin, save model.state_dict() there and load that"
+        ) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OSError, AssertionError) as error:
+        raise DamagedFile(f"{where}: not a readable state_dict ({str(error).splitlines()[0]}); it is truncated or altered") from None
+    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()) or not loaded:
+        raise DamagedFile(f"{where}: not a state_dict (tensors by name); save model.state_dict()")
+    return {str(name): tensor for name, tensor in loaded.items()}
+
+
+def _is_pickle(data: bytes) -> bool:
+    """torch.save writes a zip archive, older torch a bare pickle; a safetensors file starts with a small length."""
+    return data[:2] == b"PK" or (data[:1] == b"\x80" and data[1:2] < b"\x06" and not _plausible_header(data))
+
+
+def _plausible_header(data: bytes) -> bool:
+    length = int.from_bytes(data[:8], "little")
+    return 8 + length <= len(data) and data[8:9] == b"{"
+
+
+def is_torchscript(data: bytes) -> bool:
+    """Whether `data` is a TorchScript archive rather than a state_dict; both are zip files."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, OSError):
+        return False
+
+
+def _header_metadata(data: bytes) -> dict[str, str]:
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])  # safetensors has parsed it already, so it is well-formed
+    metadata: dict[str, str] = header.get("__metadata__") or {}
+    return metadata
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+
+
+def _numbered(classes: int) -> tuple[str, ...]:
+    return tuple(map(str, range(classes)))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"

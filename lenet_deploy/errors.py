@@ -1,0 +1,56 @@
+"""Everything the library raises on purpose.
+
+    LenetDeployError
+    |-- BadInput             the caller's words, files or values are wrong        (CLI exit code 2)
+    |   |-- UnknownName      a name that no registry holds
+    |   |-- InvalidConfig    a model configuration that cannot be built
+    |   `-- DamagedFile      truncated, tampered with, foreign or unreadable
+    |-- GateFailed           a check said no: parity, or nothing could be exported (1)
+    |-- Unusable             the runtime or device asked for does not work here    (3)
+    `-- CannotWrite          the disk is full, read-only or in the way             (5)
+
+The library raises, the command line maps: exit codes live in `cli/errors.py` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LenetDeployError(Exception):
+    """Base of every error the library raises on purpose; the message says what, where and what to do."""
+
+
+class BadInput(LenetDeployError):
+    """What the caller passed cannot be used."""
+
+
+class UnknownName(BadInput):
+    """A name no registry holds; the message offers the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = tuple(known)
+        near = get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class InvalidConfig(BadInput):
+    """A model configuration that breaks a rule; the message names the field or layer and the numbers."""
+
+
+class DamagedFile(BadInput):
+    """A file that is truncated, altered, of another kind, or not readable."""
+
+
+class GateFailed(LenetDeployError):
+    """A gate said no."""
+
+
+class Unusable(LenetDeployError):
+    """A runtime or device that does not work on this machine; the message carries the fix."""
+
+
+class CannotWrite(LenetDeployError):
+    """Writing failed; what was there before is still there."""

@@ -1,0 +1,95 @@
+"""ONNX by torch's two exporters: the torch.export-based one (default) and the TorchScript-based one."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lenet_deploy.errors import DamagedFile
+from lenet_deploy.exporters import EXAMPLE_BATCH, METADATA_KEY, Exported, ExportFailed, ExportOptions
+from lenet_deploy.quiet import quiet_exporter, quiet_torchscript
+from lenet_deploy.records import ArtifactMetadata
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def export_dynamo(module: nn.Module, metadata: ArtifactMetadata, options: ExportOptions) -> Exported:
+    """Through torch.export; see `Exporter`."""
+    example = torch.zeros(EXAMPLE_BATCH, *metadata.preprocessing.input_shape)
+    with quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            (example,),
+            input_names=["image"],
+            output_names=["logits"],
+            opset_version=options.opset,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return _finish(program.model_proto, metadata, options, "torch.export")
+
+
+def export_torchscript(module: nn.Module, metadata: ArtifactMetadata, options: ExportOptions) -> Exported:
+    """Through torch.jit.trace; see `Exporter`."""
+    import onnx
+
+    example = torch.zeros(EXAMPLE_BATCH, *metadata.preprocessing.input_shape)
+    buffer = io.BytesIO()
+    with quiet_torchscript(), torch.no_grad():
+        torch.onnx.export(
+            module,
+            (example,),
+            buffer,  # type: ignore[arg-type]  # a file object works and is documented; torch annotates paths only
+            input_names=["image"],
+            output_names=["logits"],
+            opset_version=options.opset,
+            dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
+            dynamo=False,
+        )
+    return _finish(onnx.load_from_string(buffer.getvalue()), metadata, options, "torchscript")
+
+
+def read_metadata(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON values that the exporters embedded; needs no torch model.
+
+    Raises:
+        DamagedFile: not an ONNX file, or one without them.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_from_string(data)
+        values = json.loads(next((prop.value for prop in model.metadata_props if prop.key == METADATA_KEY), "null"))
+    except (DecodeError, ValueError) as error:
+        raise DamagedFile(f"{where}: not a readable ONNX file ({error})") from None
+    if not isinstance(values, dict):
+        raise DamagedFile(f"{where}: it carries no lenet-deploy metadata; export it with lenet-deploy")
+    return values
+
+
+def _finish(model: onnx.ModelProto, metadata: ArtifactMetadata, options: ExportOptions, exporter: str) -> Exported:
+    """Check opset, strip machine paths, embed metadata, run onnx's full check."""
+    import onnx
+
+    opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), None)
+    if opset != options.opset:
+        raise ExportFailed(f"opset {options.opset} was asked for and the {exporter} exporter wrote {opset}; choose another --opset")
+    for holder in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        # The torch.export-based exporter writes source paths and stack traces of this machine here.
+        holder.ClearField("doc_string")
+        del holder.metadata_props[:]
+    for initializer in model.graph.initializer:
+        del initializer.metadata_props[:]
+    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(dataclasses.asdict(metadata), sort_keys=True)})
+    data = model.SerializeToString()
+    onnx.checker.check_model(data, full_check=True)
+    return Exported(data, {"exporter": exporter, "opset": opset, "ir_version": model.ir_version})

@@ -1,0 +1,56 @@
+"""Third-party noise, silenced where it is expected and only there.
+
+TorchScript is deprecated and still first-class here, so its warnings tell a user nothing; the ONNX exporters print
+their progress to standard output, where results belong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet_torchscript() -> Iterator[None]:
+    """Without the deprecation warnings of `torch.jit` and of the TorchScript-based ONNX exporter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r".*legacy TorchScript-based ONNX export", category=DeprecationWarning)
+        yield
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Without the torch.export-based ONNX exporter's progress lines, log lines and internal deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    converter = logging.getLogger("onnxscript")
+    levels = [(each, each.level) for each in (logger, converter)]
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        for each, _ in levels:
+            each.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for each, level in levels:
+                each.setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Without what native code writes to file descriptor 2: ONNX Runtime reports a missing library there, past its logger."""
+    saved = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)

@@ -1,0 +1,305 @@
+"""Frozen values that cross modules. Units live in names; statistics are derived from raw times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lenet_deploy import order_statistics
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a model's input, the same in training, parity, bench and predict.
+
+    An image is scaled to fit `resize` x `resize`, surrounded by `padding` black pixels, and each channel becomes
+    `(pixel / 255 - mean) / std`, float32, layout (N, channels, size, size).
+    """
+
+    channels: int
+    resize: int
+    padding: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def size(self) -> int:
+        """Side of the model's square input in pixels."""
+        return self.resize + 2 * self.padding
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the model's input."""
+        return (self.channels, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class ArtifactMetadata:
+    """What travels inside every artifact, so that the file alone can be used and traced.
+
+    Attributes:
+        model: registered name.
+        config: the configuration as JSON values.
+        preprocessing: how to make its input.
+        labels: class names in the order of the scores.
+        weights_sha256: digest of the checkpoint's tensors.
+    """
+
+    model: str
+    config: Mapping[str, Any]
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One file of a bundle, as the manifest lists it.
+
+    Attributes:
+        name: unique in the bundle, e.g. `onnx-fp32`.
+        format: `checkpoint`, `torchscript` or `onnx`.
+        path: file name relative to the bundle.
+        sha256: digest of the file.
+        size_bytes: its length.
+        status: `verified` (it ran and passed parity here) or `unverified` (nothing here could run it).
+        details: what the exporter chose, e.g. exporter and opset.
+        accuracy: percent on the data set's test split, by variant, where known.
+    """
+
+    name: str
+    format: str
+    path: str
+    sha256: str
+    size_bytes: int
+    status: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds and how to use it."""
+
+    metadata: ArtifactMetadata
+    artifacts: tuple[Artifact, ...]
+    versions: Mapping[str, str]
+    dataset: str | None
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class NodePlacement:
+    """Which execution provider runs one node of an ONNX graph."""
+
+    node: str
+    provider: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Device, versions and commit: part of every result.
+
+    Attributes:
+        cores: logical CPUs this process may use.
+        threads: intra-op threads of torch, which ONNX Runtime sessions are given too; None before torch is loaded.
+        gpu: name of CUDA device 0; None where there is none.
+        versions: installed package versions by distribution name.
+        commit: git commit of the source tree; None for an installed wheel.
+    """
+
+    os: str
+    python: str
+    cpu: str
+    cores: int
+    threads: int | None
+    gpu: str | None
+    driver: str | None
+    versions: Mapping[str, str]
+    commit: str | None
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """One variant on one input set at one batch size, judged against the float64 oracle.
+
+    Attributes:
+        status: `pass`, `fail` or `skipped`.
+        inputs: name of the input set; empty when skipped.
+        max_abs_error: largest absolute difference from the oracle, in logits; None when skipped or not finite.
+        rmse: root mean square of the differences.
+        budget_used: largest share of the tolerance that an image used; 1.0 is the limit.
+        top1_agreement: share of images with the oracle's top class, 0 to 1.
+        first_divergent_layer: where a failure begins, where known.
+    """
+
+    variant: str
+    status: str
+    reason: str | None = None
+    inputs: str | None = None
+    batch_size: int | None = None
+    max_abs_error: float | None = None
+    rmse: float | None = None
+    budget_used: float | None = None
+    top1_agreement: float | None = None
+    first_divergent_layer: str | None = None
+    node_providers: tuple[NodePlacement, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All results of one parity run."""
+
+    results: tuple[ParityResult, ...]
+    notes: tuple[str, ...]
+    environment: Environment
+
+    @property
+    def verdict(self) -> str:
+        """`pass` when something was judged and nothing failed, else `fail`."""
+        statuses = {result.status for result in self.results}
+        return "pass" if "pass" in statuses and "fail" not in statuses else "fail"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The raw times of one variant under one workload; everything else is derived.
+
+    Attributes:
+        scope: `device` (input resident on the device, to outputs ready) or `e2e` (uint8 in host memory to logits there).
+        times_s: seconds per launch; each is a block's time divided by `launches_per_block`.
+        launches_per_block: launches between two readings of the clock.
+        window_images: images that went through the back-to-back windows.
+        window_s: wall-clock seconds of those windows.
+        warmup_launches: launches before the first kept time.
+        node_providers: placement of each ONNX node.
+    """
+
+    variant: str
+    device: str
+    batch_size: int
+    scope: str
+    times_s: tuple[float, ...]
+    launches_per_block: int
+    window_images: int
+    window_s: float
+    warmup_launches: int
+    size_bytes: int
+    accuracy: float | None
+    node_providers: tuple[NodePlacement, ...] = ()
+
+    @property
+    def median_s(self) -> float:
+        """Median seconds per launch."""
+        return order_statistics.median(self.times_s)
+
+    @property
+    def ci95_s(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the median; None with too few samples."""
+        return order_statistics.median_ci95(self.times_s)
+
+    @property
+    def p90_s(self) -> float | None:
+        """90th percentile of single launches; None with too few samples."""
+        return self._percentile(90)
+
+    @property
+    def p99_s(self) -> float | None:
+        """99th percentile of single launches; None with too few samples."""
+        return self._percentile(99)
+
+    @property
+    def throughput_ips(self) -> float:
+        """Images per second of wall clock, launches back to back."""
+        return self.window_images / self.window_s
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader must know before citing the numbers."""
+        spread = order_statistics.relative_iqr(self.times_s)
+        if spread > order_statistics.NOISY_RELATIVE_IQR:
+            return (f"noisy: interquartile range is {spread:.0%} of the median",)
+        return ()
+
+    def _percentile(self, percent: int) -> float | None:
+        # A block's mean hides its slow launches, so percentiles come from single launches only.
+        return order_statistics.percentile(self.times_s, percent) if self.launches_per_block == 1 else None
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All measurements of one bench run."""
+
+    measurements: tuple[Measurement, ...]
+    skipped: tuple[Failure, ...]
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class RuntimeStatus:
+    """Whether one runtime works on one kind of device here, and if not, why and what to do."""
+
+    name: str
+    usable: bool
+    reason: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """Accuracy of one variant: percent of `images` whose top score is the label, with a 95 % Wilson interval."""
+
+    variant: str
+    correct: int
+    images: int
+
+    @property
+    def accuracy(self) -> float:
+        """Percent correct."""
+        return 100.0 * self.correct / self.images
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """95 % interval of the accuracy, percent."""
+        low, high = order_statistics.wilson_ci95(self.correct, self.images)
+        return (100.0 * low, 100.0 * high)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The top labels of one image, best first.
+
+    Attributes:
+        top: (label, probability) pairs; softmax of the scores.
+    """
+
+    image: str
+    variant: str
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """One epoch of training.
+
+    Attributes:
+        loss: mean training cross-entropy over the epoch.
+        lr: learning rate at the epoch's end.
+        accuracy: percent on the test split after the epoch.
+        images_per_s: training images per wall-clock second, evaluation excluded.
+    """
+
+    epoch: int
+    loss: float
+    lr: float
+    accuracy: float
+    images_per_s: float

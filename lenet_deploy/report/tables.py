@@ -1,0 +1,137 @@
+"""One function a record: what a person wants to see of it first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from lenet_deploy.models.layers import Layer
+from lenet_deploy.records import (
+    AccuracyRow,
+    Artifact,
+    BenchReport,
+    Environment,
+    ParityReport,
+    ParityResult,
+    Prediction,
+    RuntimeStatus,
+)
+from lenet_deploy.report.table import Table
+
+
+def layer_table(input_shape: tuple[int, int, int], layers: Sequence[Layer]) -> Table:
+    """Layer, window, output, parameters, MACs, bytes; input first, total last."""
+    rows: list[tuple[str, ...]] = [("input", "", "", "", "", _shape(input_shape), "", "", "", "")]
+    for layer in layers:
+        window = [_dash(value) for value in (layer.kernel, layer.stride, layer.padding)]
+        counts = [f"{value:,}" for value in (layer.parameters, layer.macs, layer.parameter_bytes, layer.output_bytes)]
+        rows.append((layer.name, layer.kind, *window, _shape(layer.output), *counts))
+    sums = (sum(column) for column in zip(*((x.parameters, x.macs, x.parameter_bytes, x.output_bytes) for x in layers), strict=True))
+    rows.append(("total", "", "", "", "", "", *(f"{value:,}" for value in sums)))
+    columns = ("layer", "kind", "kernel", "stride", "padding", "output", "parameters", "MACs", "weight bytes", "output bytes")
+    return Table(columns, tuple(rows))
+
+
+def artifact_table(artifacts: Iterable[Artifact]) -> Table:
+    """What a bundle holds."""
+    rows = tuple((a.name, a.path, f"{a.size_bytes:,}", a.sha256[:12], a.status) for a in artifacts)
+    return Table(("artifact", "file", "bytes", "sha256", "status"), rows)
+
+
+def parity_table(report: ParityReport) -> Table:
+    """One row a variant, at its worst; the JSON holds every input set and batch size."""
+    by_variant: dict[str, list[ParityResult]] = {}
+    for result in report.results:
+        by_variant.setdefault(result.variant, []).append(result)
+    return Table(
+        ("variant", "status", "checks", "max abs error", "budget used", "top-1", "reason"),
+        tuple(_parity_row(variant, results) for variant, results in by_variant.items()),
+    )
+
+
+def bench_table(report: BenchReport) -> Table:
+    """One row a measurement."""
+    rows = tuple(
+        (
+            m.variant,
+            str(m.batch_size),
+            m.scope,
+            _time(m.median_s),
+            f"{_time(m.ci95_s[0])} - {_time(m.ci95_s[1])}" if m.ci95_s else "-",
+            _time(m.p90_s),
+            _time(m.p99_s),
+            f"{m.throughput_ips:,.0f}",
+            f"{len(m.times_s)}",
+            "; ".join(m.warnings),
+        )
+        for m in report.measurements
+    )
+    columns = ("variant", "batch", "scope", "median", "95 % interval", "p90", "p99", "images/s", "samples", "warnings")
+    return Table(columns, rows)
+
+
+def doctor_table(statuses: Iterable[RuntimeStatus]) -> Table:
+    """What runs here, why not, and the fix."""
+    return Table(
+        ("runtime", "usable", "reason", "fix"),
+        tuple((s.name, "yes" if s.usable else "no", s.reason, s.fix or "") for s in statuses),
+    )
+
+
+def accuracy_table(rows: Iterable[AccuracyRow]) -> Table:
+    """Accuracy with its interval."""
+    return Table(
+        ("variant", "accuracy %", "95 % interval", "images"),
+        tuple((r.variant, f"{r.accuracy:.2f}", f"{r.ci95[0]:.2f} - {r.ci95[1]:.2f}", f"{r.images:,}") for r in rows),
+    )
+
+
+def prediction_table(predictions: Iterable[Prediction]) -> Table:
+    """One row a label of an image, best first."""
+    return Table(
+        ("image", "rank", "label", "probability"),
+        tuple((p.image, str(rank), label, f"{share:.4f}") for p in predictions for rank, (label, share) in enumerate(p.top, 1)),
+    )
+
+
+def environment_line(environment: Environment) -> str:
+    """Machine and versions in one line."""
+    names = ("torch", "onnxruntime-gpu", "onnxruntime")
+    versions = ", ".join(f"{name} {environment.versions[name]}" for name in names if name in environment.versions)
+    threads = f", {environment.threads} threads" if environment.threads else ""
+    return f"{environment.cpu}, {environment.cores} cores{threads}; {environment.gpu or 'no GPU'}; Python {environment.python}; {versions}"
+
+
+def _parity_row(variant: str, results: Sequence[ParityResult]) -> tuple[str, ...]:
+    bad = next((result for result in results if result.status != "pass"), None)
+    if bad and bad.status == "skipped":
+        return (variant, "skipped", "-", "-", "-", "-", bad.reason or "")
+    where = f"{bad.inputs}, batch {bad.batch_size}: {bad.reason}" if bad and bad.inputs else (bad.reason or "" if bad else "")
+    passed = sum(result.status == "pass" for result in results)
+    return (
+        variant,
+        "fail" if bad else "pass",
+        f"{passed}/{len(results)}",
+        _worst((r.max_abs_error for r in results), max, "{:.2e}"),
+        _worst((r.budget_used for r in results), max, "{:.3g}"),
+        _worst((r.top1_agreement for r in results), min, "{:.2%}"),
+        where,
+    )
+
+
+def _worst(values: Iterable[float | None], pick: Callable[[list[float]], float], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(pick(known)) if known else "-"
+
+
+def _dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e6:,.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:,.3f} ms"

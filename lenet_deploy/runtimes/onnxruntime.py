@@ -1,0 +1,154 @@
+"""ONNX files, run by ONNX Runtime with IO binding; on CUDA on torch's current stream, and nowhere but where asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lenet_deploy.devices import computing_on, parse_device, probe_torch
+from lenet_deploy.errors import DamagedFile, Unusable
+from lenet_deploy.quiet import quiet_stderr
+from lenet_deploy.records import NodePlacement, RuntimeStatus
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FATAL = 4  # ORT's log severity: only what ends the process; every real failure also raises
+
+
+class OrtSession:
+    """An ORT InferenceSession as a Session (see `lenet_deploy.runtimes`)."""
+
+    def __init__(self, session: Any, input_shape: tuple[int, int, int], device: torch.device) -> None:
+        import onnxruntime
+
+        self.device = device
+        self.node_providers = _placement(session)
+        self._session = session
+        self._shape = input_shape
+        self._input_name = session.get_inputs()[0].name
+        output = session.get_outputs()[0]
+        self._output_name, self._output_shape = output.name, output.shape[1:]
+        self._binding = session.io_binding()
+        self._input = self._output = torch.empty(0)
+        self._options = onnxruntime.RunOptions()
+        if device.type == "cuda":
+            # The caller synchronises torch's stream, which this session runs on; without this every run waits for the GPU.
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def bind(self, batch_size: int) -> torch.Tensor:
+        self._input = torch.zeros(batch_size, *self._shape, device=self.device)
+        self._output = torch.empty(batch_size, *self._output_shape, device=self.device)
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._binding.bind_input(self._input_name, **self._buffer(self._input))
+        self._binding.bind_output(self._output_name, **self._buffer(self._output))
+        return self._input
+
+    def launch(self) -> torch.Tensor:
+        self._session.run_with_iobinding(self._binding, self._options)
+        return self._output
+
+    def _buffer(self, tensor: torch.Tensor) -> dict[str, Any]:
+        import numpy as np
+
+        return {
+            "device_type": self.device.type,
+            "device_id": self.device.index or 0,
+            "element_type": np.float32,
+            "shape": tuple(tensor.shape),
+            "buffer_ptr": tensor.data_ptr(),
+        }
+
+
+def probe(device: str) -> RuntimeStatus:
+    """See `Runtime.probe`; opens a one-node graph on the device."""
+    name = f"onnxruntime-{device}"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return RuntimeStatus(name, False, f"onnxruntime does not import ({error})", "pip install onnxruntime-gpu")
+    provider = PROVIDERS[device]
+    if provider not in onnxruntime.get_available_providers():
+        return RuntimeStatus(
+            name,
+            False,
+            f"this onnxruntime {onnxruntime.__version__} is a build without {provider}",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
+        )
+    if device == "cuda":
+        torch_status = probe_torch(name, device)
+        if not torch_status.usable:
+            return torch_status
+    try:
+        with computing_on(torch.device(device)), quiet_stderr():
+            _create(_identity_graph(), torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
+    except (Unusable, DamagedFile) as error:
+        return RuntimeStatus(name, False, str(error), "pip install 'onnxruntime-gpu[cuda,cudnn]' (its CUDA major must match torch's)")
+    return RuntimeStatus(name, True, f"onnxruntime {onnxruntime.__version__}, {provider}")
+
+
+@contextlib.contextmanager
+def open_session(data: bytes, input_shape: tuple[int, int, int], device: str) -> Iterator[OrtSession]:
+    """Open an ONNX file; see `Runtime.open_session`."""
+    target = parse_device(device)
+    with quiet_stderr():
+        session = _create(data, target)
+    yield OrtSession(session, input_shape, target)
+
+
+def _create(data: bytes, device: torch.device) -> Any:
+    """An InferenceSession that runs wholly on `device`, or an error: ORT's own habit is to fall back to the CPU."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise Unusable(f"onnxruntime does not import ({error}); pip install onnxruntime-gpu") from None
+    wanted = PROVIDERS[device.type]
+    if wanted not in onnxruntime.get_available_providers():
+        raise Unusable(
+            f"this onnxruntime {onnxruntime.__version__} is a build without {wanted}; "
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    options.intra_op_num_threads = torch.get_num_threads()  # the same number for every runtime on the CPU
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    provider_options: dict[str, str] = {}
+    if device.type == "cuda":
+        onnxruntime.preload_dlls()
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        provider_options = {
+            "device_id": str(device.index or 0),
+            "use_tf32": "0",
+            "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
+        }
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=[(wanted, provider_options)])
+    except Exception as error:  # ORT's exceptions share no base class of their own
+        reason = str(error).splitlines()[0]
+        if device.type == "cpu":
+            raise DamagedFile(f"not an ONNX file that this onnxruntime runs ({reason})") from None
+        raise Unusable(f"{wanted} cannot run this graph whole: {reason}; see lenet-deploy doctor") from None
+    if session.get_providers()[0] != wanted:
+        raise Unusable(f"onnxruntime fell back from {wanted} to {session.get_providers()[0]}; see lenet-deploy doctor")
+    strays = {f"{node.node} on {node.provider}" for node in _placement(session) if node.provider != wanted}
+    if strays:
+        raise Unusable(f"onnxruntime would run nodes elsewhere than {wanted}: {', '.join(sorted(strays))}")
+    return session
+
+
+def _placement(session: Any) -> tuple[NodePlacement, ...]:
+    return tuple(
+        NodePlacement(node.name, part.ep_name) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
+    )
+
+
+def _identity_graph() -> bytes:
+    from onnx import TensorProto, helper
+
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 1])
+    graph = helper.make_graph([helper.make_node("Relu", ["image"], ["logits"])], "probe", [image], [logits])
+    data: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
+    return data

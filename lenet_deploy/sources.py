@@ -1,0 +1,190 @@
+"""What a WHAT argument names, and on which device its variants run. Shared by every public function."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lenet_deploy.errors import BadInput, DamagedFile
+from lenet_deploy.models import MODELS, find_model
+from lenet_deploy.records import Artifact, ArtifactMetadata
+from lenet_deploy.variants import CHECKPOINT, DEVICES, VARIANTS, Variant, select_variants
+
+if TYPE_CHECKING:
+    from lenet_deploy.bundle import Bundle
+    from lenet_deploy.checkpoint import Checkpoint
+    from lenet_deploy.data import Dataset
+    from lenet_deploy.runtimes import Session
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a WHAT argument turned out to be: metadata always, and the bytes of what can be run.
+
+    Attributes:
+        described: one line for the user.
+        variants: what can run it, and the artifact entry that each belongs to.
+        read: verified bytes of an artifact.
+    """
+
+    described: str
+    metadata: ArtifactMetadata
+    variants: tuple[Variant, ...]
+    read: Callable[[Variant], bytes]
+
+
+def load(what: str | Path, *, model: str | None = None, settings: Mapping[str, str] | None = None, seed: int = 0) -> Checkpoint:
+    """A checkpoint from a registered model name, a checkpoint file, a foreign state_dict or a bundle folder.
+
+    Args:
+        what: name or path. A registered name gives freshly initialised weights.
+        model: which registered model a bare state_dict is; None tries each.
+        settings: `KEY=VALUE` config settings, for a name or a bare state_dict.
+        seed: of freshly initialised weights.
+
+    Raises:
+        BadInput: nothing of that name, or a config, file or digest that is wrong (see its subclasses).
+    """
+    from lenet_deploy import checkpoint
+    from lenet_deploy.bundle import open_bundle
+
+    if str(what) in (entry.name for entry in MODELS):
+        return checkpoint.fresh(find_model(str(what)), settings or {}, seed)
+    path = Path(what)
+    if path.is_dir():
+        if settings or model:
+            raise BadInput(f"{path}: a bundle carries its own model and config; leave out --model and --set")
+        return bundle_checkpoint(open_bundle(path))
+    if not path.exists() and path.name == str(what) and not path.suffix:
+        find_model(str(what))  # a bare word is most likely a mistyped name: this raises with the nearest ones
+    return checkpoint.load(path, model, settings)
+
+
+def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Source:
+    """Whatever WHAT names, ready to run: a model name, a checkpoint, a bundle, or one artifact file.
+
+    An artifact inside a bundle is verified against the bundle's manifest; one on its own is used by its own metadata.
+
+    Raises:
+        BadInput: nothing of that name, or a file that is damaged or of another kind.
+    """
+    from lenet_deploy.bundle import MANIFEST, open_bundle
+    from lenet_deploy.store import read_file
+
+    path = Path(what)
+    if path.is_dir():
+        return bundle_source(open_bundle(path))
+    if path.is_file() and (path.parent / MANIFEST).is_file():
+        bundle = open_bundle(path.parent)
+        listed = next((each for each in bundle.manifest.artifacts if each.path == path.name), None)
+        if listed is not None:
+            return bundle_source(bundle, listed)
+    if path.is_file():
+        data = read_file(path, "a model")
+        kind = _artifact_kind(path, data)
+        if kind is not None:
+            return _bare_source(path, data, kind)
+    from lenet_deploy import checkpoint
+
+    loaded = load(what, settings=settings, seed=seed)
+    data = checkpoint.to_bytes(loaded)
+    runs = tuple(variant for variant in VARIANTS if variant.artifact is CHECKPOINT)
+    source = loaded.provenance.get("source", "checkpoint")
+    return Source(f"{what} ({source})", loaded.metadata(), runs, lambda variant: data)
+
+
+def parity_dataset(checkpoint: Checkpoint, data_dir: Path | None = None) -> Dataset:
+    """The data set a checkpoint was trained on where it is at hand, else the embedded digits."""
+    from lenet_deploy.data import DATASETS, load_dataset
+
+    if checkpoint.dataset in [source.name for source in DATASETS]:
+        with contextlib.suppress(BadInput):
+            return load_dataset(str(checkpoint.dataset), data_dir)
+    return load_dataset("digits")
+
+
+def bundle_checkpoint(bundle: Bundle) -> Checkpoint:
+    """The checkpoint inside a bundle; raises DamagedFile where it is not what the manifest describes."""
+    from lenet_deploy import checkpoint
+
+    entry = bundle.artifact(CHECKPOINT.name)
+    if entry is None:
+        raise DamagedFile(f"{bundle.path}: its manifest lists no {CHECKPOINT.name}; export the bundle again")
+    found = checkpoint.from_bytes(bundle.read(entry), str(bundle.path / entry.path))
+    if found.metadata() != bundle.metadata:
+        raise DamagedFile(f"{bundle.path}: its manifest describes other weights, labels or preprocessing than its checkpoint")
+    return found
+
+
+def bundle_variants(bundle: Bundle, globs: Iterable[str]) -> tuple[Variant, ...]:
+    """The variants that run an artifact of the bundle and match; raises UnknownName."""
+    held = {artifact.name for artifact in bundle.manifest.artifacts}
+    return select_variants(globs, (variant for variant in VARIANTS if variant.artifact.name in held))
+
+
+def artifact_of(bundle: Bundle, variant: Variant) -> Artifact:
+    """The bundle's entry of the file that a variant runs."""
+    artifact = bundle.artifact(variant.artifact.name)
+    assert artifact is not None, "variants are selected from the bundle's artifacts"
+    return artifact
+
+
+def bundle_source(bundle: Bundle, only: Artifact | None = None) -> Source:
+    """What can be run of a bundle, or of one artifact in it; bytes are verified when read."""
+    held = [artifact.name for artifact in ((only,) if only else bundle.manifest.artifacts)]
+    runs = tuple(variant for variant in VARIANTS if variant.artifact.name in held)
+    where = f"{bundle.path / only.path}" if only else f"{bundle.path} (bundle)"
+    return Source(where, bundle.metadata, runs, lambda variant: bundle.read(artifact_of(bundle, variant)))
+
+
+def _artifact_kind(path: Path, data: bytes) -> str | None:
+    from lenet_deploy.checkpoint import is_torchscript
+
+    if path.suffix == ".onnx":
+        return "onnx"
+    return "torchscript" if is_torchscript(data) else None
+
+
+def _bare_source(path: Path, data: bytes, kind: str) -> Source:
+    from lenet_deploy.checkpoint import metadata_from_json
+    from lenet_deploy.exporters import onnx, torchscript
+
+    values = (onnx if kind == "onnx" else torchscript).read_metadata(data, str(path))
+    metadata = metadata_from_json(values, str(path))
+    # One file has one precision and exporter; any variant of its format runs it, so the first of each device stands for it.
+    per_device = {variant.device: variant for variant in reversed(VARIANTS) if variant.artifact.format == kind}
+    return Source(f"{path} (on its own)", metadata, tuple(per_device[device] for device in DEVICES), lambda variant: data)
+
+
+def open_session(source: Source, variant: Variant, device: str) -> contextlib.AbstractContextManager[Session]:
+    """A session of one variant of `source` on the device asked for (`auto` leaves the variant's own), inside `computing`."""
+    return variant.open_session(source.read(variant), source.metadata.preprocessing.input_shape, device_of(variant, device))
+
+
+def on_device(variants: Iterable[Variant], device: str) -> tuple[Variant, ...]:
+    """Those of the device asked for; `auto` keeps all. Raises Unusable where nothing of it runs there."""
+    from lenet_deploy.devices import parse_device
+
+    found = tuple(variants)
+    if device != "auto":
+        kind = parse_device(device).type
+        chosen = tuple(variant for variant in found if variant.device == kind)
+        if not chosen:
+            raise BadInput(f"none of {', '.join(variant.name for variant in found)} runs on {kind}; choose other variants or --device")
+        return chosen
+    return found
+
+
+def device_of(variant: Variant, device: str) -> str | None:
+    """`cuda:N` as asked for, for the variants on CUDA; None leaves the variant's own."""
+    return device if device.startswith("cuda") and variant.device == "cuda" else None
+
+
+def computing(device: str) -> contextlib.AbstractContextManager[None]:
+    """The one torch state and stream that all sessions of a run share."""
+    from lenet_deploy.devices import computing_on, parse_device
+
+    return computing_on(parse_device(device))

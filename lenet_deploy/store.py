@@ -1,0 +1,182 @@
+"""Bytes and records to disk and back: whole files or nothing, JSON with a schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile
+from lenet_deploy.records import (
+    AccuracyRow,
+    BenchReport,
+    Environment,
+    EpochStats,
+    Manifest,
+    Measurement,
+    ParityReport,
+    RuntimeStatus,
+)
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        BadInput: it is absent, a folder, or not readable.
+    """
+    try:
+        if path.is_dir():
+            raise BadInput(f"{path}: a folder, where {what} is expected; name the file inside it")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; {what} was expected there") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise BadInput(f"{path}: cannot be read ({_reason(error)}); check the path and its permissions") from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        CannotWrite: the system refused, or a file stands there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step: a reader, a crash or a full disk sees the old file or the new one.
+
+    Raises:
+        CannotWrite: the system refused; `path` is as it was.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~umask())  # mkstemp makes private files; results are shared as usual
+        Path(name).replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    """The error for a refused write, with the system's reason."""
+    return CannotWrite(f"{path}: cannot be written ({_reason(error)}); free space or choose another place; nothing was changed")
+
+
+def dump(kind: str, version: int, environment: Environment, body: Mapping[str, Any]) -> str:
+    """JSON text that starts with its schema and holds its environment."""
+    document = {"schema": f"lenet-deploy/{kind}/{version}", **body, "environment": dataclasses.asdict(environment)}
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def parse(text: bytes, kind: str, version: int, where: Path) -> dict[str, Any]:
+    """The document behind `text`, its schema checked.
+
+    Raises:
+        DamagedFile: not JSON, or another schema.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{where}: not valid JSON ({error}); it is truncated or of another kind") from None
+    schema = f"lenet-deploy/{kind}/{version}"
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found != schema:
+        raise DamagedFile(f"{where}: schema is {found!r}, this version reads {schema!r}")
+    assert isinstance(document, dict)
+    return document
+
+
+def parity_json(report: ParityReport) -> str:
+    """`parity` JSON, schema version 1."""
+    results = [dataclasses.asdict(result) for result in report.results]
+    return dump("parity", 1, report.environment, {"verdict": report.verdict, "notes": report.notes, "results": results})
+
+
+def bench_json(report: BenchReport) -> str:
+    """`bench` JSON, schema version 1: raw times beside the statistics derived from them."""
+    body = {
+        "measurements": [_measurement(measurement) for measurement in report.measurements],
+        "skipped": [{"variant": skipped.name, "reason": skipped.reason} for skipped in report.skipped],
+    }
+    return dump("bench", 1, report.environment, body)
+
+
+def doctor_json(statuses: tuple[RuntimeStatus, ...], environment: Environment) -> str:
+    """`doctor` JSON, schema version 1."""
+    return dump("doctor", 1, environment, {"runtimes": [dataclasses.asdict(status) for status in statuses]})
+
+
+def evaluate_json(rows: tuple[AccuracyRow, ...], environment: Environment) -> str:
+    """`evaluate` JSON, schema version 1."""
+    body = [{"variant": row.variant, "accuracy": row.accuracy, "ci95": row.ci95, "images": row.images} for row in rows]
+    return dump("evaluate", 1, environment, {"rows": body})
+
+
+def metrics_json(epochs: tuple[EpochStats, ...], settings: Mapping[str, Any], environment: Environment) -> str:
+    """Training `metrics.json`, schema version 1."""
+    return dump("metrics", 1, environment, {"settings": settings, "epochs": [dataclasses.asdict(epoch) for epoch in epochs]})
+
+
+def manifest_json(manifest: Manifest) -> str:
+    """A bundle's `manifest.json`, schema version 1."""
+    metadata = dataclasses.asdict(manifest.metadata)
+    preprocessing = metadata.pop("preprocessing")
+    body = {
+        "model": metadata["model"],
+        "config": metadata["config"],
+        "weights_sha256": metadata["weights_sha256"],
+        "input": {"name": "image", "dtype": "float32", "layout": "NCHW", **preprocessing},
+        "output": {"name": "logits", "dtype": "float32"},
+        "labels": metadata["labels"],
+        "dataset": manifest.dataset,
+        "versions": dict(manifest.versions),
+        "artifacts": [dataclasses.asdict(artifact) for artifact in manifest.artifacts],
+    }
+    return dump("manifest", 1, manifest.environment, body)
+
+
+def _measurement(measurement: Measurement) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(measurement),
+        "median_s": measurement.median_s,
+        "ci95_s": measurement.ci95_s,
+        "p90_s": measurement.p90_s,
+        "p99_s": measurement.p99_s,
+        "throughput_ips": measurement.throughput_ips,
+        "limit_fraction": None,  # not measured: it needs the device's physical limit
+        "warnings": measurement.warnings,
+    }
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def umask() -> int:
+    """The process's file mode mask; reading it means setting it for a moment."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

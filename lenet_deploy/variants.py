@@ -1,0 +1,177 @@
+"""VARIANTS: the one registry of what can be exported, judged and measured. Plain data; implementations load when used.
+
+A new variant is one entry here. A new runtime is one file in `runtimes/` and one loader below; a new format likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, cast
+
+from lenet_deploy.errors import UnknownName
+
+if TYPE_CHECKING:
+    from lenet_deploy.exporters import Exporter
+    from lenet_deploy.runtimes import Runtime, Session
+
+
+def _trace() -> Exporter:
+    from lenet_deploy.exporters import torchscript
+
+    return torchscript.export_trace
+
+
+def _script() -> Exporter:
+    from lenet_deploy.exporters import torchscript
+
+    return torchscript.export_script
+
+
+def _onnx_dynamo() -> Exporter:
+    from lenet_deploy.exporters import onnx
+
+    return onnx.export_dynamo
+
+
+def _onnx_torchscript() -> Exporter:
+    from lenet_deploy.exporters import onnx
+
+    return onnx.export_torchscript
+
+
+def _eager() -> Runtime:
+    from lenet_deploy.runtimes import eager
+
+    return cast("Runtime", eager)  # a module satisfies the protocol by its functions
+
+
+def _torchscript() -> Runtime:
+    from lenet_deploy.runtimes import torchscript
+
+    return cast("Runtime", torchscript)
+
+
+def _onnxruntime() -> Runtime:
+    from lenet_deploy.runtimes import onnxruntime
+
+    return cast("Runtime", onnxruntime)
+
+
+@dataclass(frozen=True)
+class ArtifactSpec:
+    """One file that a bundle can hold.
+
+    Attributes:
+        name: unique, e.g. `onnx-fp32`.
+        format: what `--to` calls it.
+        precision: what `--precision` calls it.
+        path: its file name in a bundle.
+        exporter: loads the function that makes it; None for the checkpoint, which every bundle holds.
+    """
+
+    name: str
+    format: str
+    precision: str
+    path: str
+    exporter: Callable[[], Exporter] | None
+
+
+@dataclass(frozen=True)
+class RuntimeEntry:
+    """One runtime: its name and the loader of its implementation."""
+
+    name: str
+    load: Callable[[], Runtime]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Format, runtime, precision and options under one name.
+
+    Attributes:
+        name: what users type, results say and globs match.
+        artifact: the file it runs.
+        runtime: what runs it.
+        device: `cpu` or `cuda`.
+        core: part of `demo` and of `bench --profile quick`.
+    """
+
+    name: str
+    artifact: ArtifactSpec
+    runtime: RuntimeEntry
+    device: str
+    core: bool
+
+    @property
+    def precision(self) -> str:
+        """The artifact's precision."""
+        return self.artifact.precision
+
+    def open_session(self, data: bytes, input_shape: tuple[int, int, int], device: str | None = None) -> AbstractContextManager[Session]:
+        """Open verified artifact bytes; `device` may name one CUDA device (see `Runtime.open_session`)."""
+        return self.runtime.load().open_session(data, input_shape, device or self.device)
+
+
+CHECKPOINT = ArtifactSpec("checkpoint", "checkpoint", "fp32", "checkpoint.safetensors", None)
+TRACE = ArtifactSpec("torchscript-trace-fp32", "torchscript", "fp32", "model.trace.pt", _trace)
+SCRIPT = ArtifactSpec("torchscript-script-fp32", "torchscript", "fp32", "model.script.pt", _script)
+ONNX = ArtifactSpec("onnx-fp32", "onnx", "fp32", "model.onnx", _onnx_dynamo)
+ONNX_TS = ArtifactSpec("onnx-ts-fp32", "onnx", "fp32", "model.ts.onnx", _onnx_torchscript)
+
+EAGER = RuntimeEntry("eager", _eager)
+TORCHSCRIPT = RuntimeEntry("torchscript", _torchscript)
+ONNXRUNTIME = RuntimeEntry("onnxruntime", _onnxruntime)
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant("eager/torch-cpu/fp32", CHECKPOINT, EAGER, "cpu", core=True),
+    Variant("torchscript/torch-cpu/fp32/trace", TRACE, TORCHSCRIPT, "cpu", core=True),
+    Variant("torchscript/torch-cpu/fp32/script", SCRIPT, TORCHSCRIPT, "cpu", core=True),
+    Variant("onnx/ort-cpu/fp32", ONNX, ONNXRUNTIME, "cpu", core=True),
+    Variant("onnx/ort-cpu/fp32/ts-exporter", ONNX_TS, ONNXRUNTIME, "cpu", core=True),
+    Variant("eager/torch-cuda/fp32", CHECKPOINT, EAGER, "cuda", core=True),
+    Variant("torchscript/torch-cuda/fp32/trace", TRACE, TORCHSCRIPT, "cuda", core=True),
+    Variant("torchscript/torch-cuda/fp32/script", SCRIPT, TORCHSCRIPT, "cuda", core=True),
+    Variant("onnx/ort-cuda/fp32", ONNX, ONNXRUNTIME, "cuda", core=True),
+    Variant("onnx/ort-cuda/fp32/ts-exporter", ONNX_TS, ONNXRUNTIME, "cuda", core=True),
+)
+
+# Everything else is derived, so that nothing has to be listed twice.
+ARTIFACTS: tuple[ArtifactSpec, ...] = tuple(dict.fromkeys(variant.artifact for variant in VARIANTS))
+FORMATS: tuple[str, ...] = tuple(dict.fromkeys(spec.format for spec in ARTIFACTS if spec.exporter))
+PRECISIONS: tuple[str, ...] = tuple(dict.fromkeys(spec.precision for spec in ARTIFACTS))
+RUNTIMES: tuple[RuntimeEntry, ...] = tuple(dict.fromkeys(variant.runtime for variant in VARIANTS))
+DEVICES: tuple[str, ...] = tuple(dict.fromkeys(variant.device for variant in VARIANTS))
+
+
+def select_artifacts(formats: Iterable[str], precisions: Iterable[str]) -> tuple[ArtifactSpec, ...]:
+    """The artifacts to export for `--to` and `--precision`; `all` among the formats means every one there is.
+
+    Raises:
+        UnknownName: a format or precision that no artifact has.
+    """
+    wanted, exact = tuple(formats), tuple(precisions)
+    if "all" in wanted:
+        wanted, exact = FORMATS, PRECISIONS
+    for name in wanted:
+        if name not in FORMATS:
+            raise UnknownName("format", name, (*FORMATS, "all"))
+    for name in exact:
+        if name not in PRECISIONS:
+            raise UnknownName("precision", name, PRECISIONS)
+    return tuple(spec for spec in ARTIFACTS if spec.exporter and spec.format in wanted and spec.precision in exact)
+
+
+def select_variants(globs: Iterable[str], among: Iterable[Variant] = VARIANTS) -> tuple[Variant, ...]:
+    """The variants whose names match any of `globs`, in registry order.
+
+    Raises:
+        UnknownName: a glob that matches none.
+    """
+    variants, patterns = tuple(among), tuple(globs)
+    for pattern in patterns:
+        if not any(fnmatchcase(variant.name, pattern) for variant in variants):
+            raise UnknownName("variant", pattern, (variant.name for variant in variants))
+    return tuple(variant for variant in variants if any(fnmatchcase(variant.name, pattern) for pattern in patterns))
