@@ -25,7 +25,6 @@ PACKAGES = (
 )
 
 
-@functools.cache
 def capture() -> Environment:
     """The environment of this process; asks CUDA only if torch is loaded already, and git only in a source tree."""
     torch = sys.modules.get("torch")
@@ -54,6 +53,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -64,6 +64,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _driver() -> str | None:
     """Version of NVIDIA's kernel driver, from the file it publishes."""
     try:
@@ -73,6 +74,7 @@ def _driver() -> str | None:
     return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), None)
 
 
+@functools.cache
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

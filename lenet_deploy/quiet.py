@@ -10,8 +10,11 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+CAPTURED_BYTES = 1 << 16
 
 
 @contextlib.contextmanager
@@ -43,14 +46,16 @@ def quiet_exporter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Without what native code writes to file descriptor 2: ONNX Runtime reports a missing library there, past its logger."""
+def captured_stderr() -> Iterator[Callable[[], str]]:
+    """Keep what native code writes to file descriptor 2, and yield a function that returns it so far.
+
+    ONNX Runtime reports a missing library there, past its logger and its exceptions.
+    """
     saved = os.dup(2)
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield lambda: os.pread(sink.fileno(), CAPTURED_BYTES, 0).decode(errors="replace")
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

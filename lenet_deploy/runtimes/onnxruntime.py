@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from lenet_deploy.devices import computing_on, parse_device, probe_torch
 from lenet_deploy.errors import DamagedFile, Unusable
-from lenet_deploy.quiet import quiet_stderr
+from lenet_deploy.quiet import captured_stderr
 from lenet_deploy.records import NodePlacement, RuntimeStatus
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -65,86 +66,93 @@ class OrtSession:
 def probe(device: str) -> RuntimeStatus:
     """See `Runtime.probe`; opens a one-node graph on the device."""
     name = f"onnxruntime-{device}"
+    if device == "cuda" and not (torch_status := probe_torch(name, device)).usable:
+        return torch_status  # no GPU, or no torch to hand it buffers: what onnxruntime lacks besides does not matter yet
+    installed = _installed(device)
+    if not installed.usable:
+        return installed
+    target = torch.device(device, 0) if device == "cuda" else torch.device(device)
     try:
-        import onnxruntime
-    except ImportError as error:
-        return RuntimeStatus(name, False, f"onnxruntime does not import ({error})", "pip install onnxruntime-gpu")
-    provider = PROVIDERS[device]
-    if provider not in onnxruntime.get_available_providers():
-        return RuntimeStatus(
-            name,
-            False,
-            f"this onnxruntime {onnxruntime.__version__} is a build without {provider}",
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu",
-        )
-    if device == "cuda":
-        torch_status = probe_torch(name, device)
-        if not torch_status.usable:
-            return torch_status
-    try:
-        with computing_on(torch.device(device)), quiet_stderr():
-            _create(_identity_graph(), torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
+        with computing_on(target):
+            _create(_one_node_graph(), target)
     except (Unusable, DamagedFile) as error:
-        return RuntimeStatus(name, False, str(error), "pip install 'onnxruntime-gpu[cuda,cudnn]' (its CUDA major must match torch's)")
-    return RuntimeStatus(name, True, f"onnxruntime {onnxruntime.__version__}, {provider}")
+        return RuntimeStatus(name, False, str(error), "pip install 'onnxruntime-gpu[cuda,cudnn]' (its CUDA major must be torch's)")
+    return installed
 
 
 @contextlib.contextmanager
 def open_session(data: bytes, input_shape: tuple[int, int, int], device: str) -> Iterator[OrtSession]:
     """Open an ONNX file; see `Runtime.open_session`."""
     target = parse_device(device)
-    with quiet_stderr():
-        session = _create(data, target)
-    yield OrtSession(session, input_shape, target)
+    installed = _installed(target.type)
+    if not installed.usable:
+        raise Unusable(f"{installed.reason}; {installed.fix}")
+    yield OrtSession(_create(data, target), input_shape, target)
+
+
+def _installed(device: str) -> RuntimeStatus:
+    """Whether an onnxruntime with the provider of `device` is installed; says nothing of whether it works."""
+    name, provider = f"onnxruntime-{device}", PROVIDERS[device]
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return RuntimeStatus(name, False, f"onnxruntime does not import ({error})", "pip install onnxruntime-gpu")
+    if provider not in onnxruntime.get_available_providers():
+        # The CPU package installed over the GPU one hides it, so both go before the right one comes.
+        fix = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        return RuntimeStatus(name, False, f"this onnxruntime {onnxruntime.__version__} is a build without {provider}", fix)
+    return RuntimeStatus(name, True, f"onnxruntime {onnxruntime.__version__}, {provider}")
 
 
 def _create(data: bytes, device: torch.device) -> Any:
     """An InferenceSession that runs wholly on `device`, or an error: ORT's own habit is to fall back to the CPU."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise Unusable(f"onnxruntime does not import ({error}); pip install onnxruntime-gpu") from None
+    import onnxruntime
+
     wanted = PROVIDERS[device.type]
-    if wanted not in onnxruntime.get_available_providers():
-        raise Unusable(
-            f"this onnxruntime {onnxruntime.__version__} is a build without {wanted}; "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
-        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads = torch.get_num_threads()  # the same number for every runtime on the CPU
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     provider_options: dict[str, str] = {}
-    if device.type == "cuda":
-        onnxruntime.preload_dlls()
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        provider_options = {
-            "device_id": str(device.index or 0),
-            "use_tf32": "0",
-            "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
-        }
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=[(wanted, provider_options)])
-    except Exception as error:  # ORT's exceptions share no base class of their own
-        reason = str(error).splitlines()[0]
-        if device.type == "cpu":
-            raise DamagedFile(f"not an ONNX file that this onnxruntime runs ({reason})") from None
-        raise Unusable(f"{wanted} cannot run this graph whole: {reason}; see lenet-deploy doctor") from None
-    if session.get_providers()[0] != wanted:
-        raise Unusable(f"onnxruntime fell back from {wanted} to {session.get_providers()[0]}; see lenet-deploy doctor")
+    with captured_stderr() as said:
+        if device.type == "cuda":
+            onnxruntime.preload_dlls()
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            provider_options = {
+                "device_id": str(device.index or 0),
+                "use_tf32": "0",
+                "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
+            }
+        try:
+            session = onnxruntime.InferenceSession(data, options, providers=[(wanted, provider_options)])
+        except Exception as error:  # ORT's exceptions share no base class of their own
+            reason = str(error).splitlines()[0]
+            if device.type == "cpu":
+                raise DamagedFile(f"not an ONNX file that this onnxruntime runs ({reason})") from None
+            raise Unusable(f"{wanted} cannot run this graph whole: {cause(said()) or reason}; see lenet-deploy doctor") from None
     strays = {f"{node.node} on {node.provider}" for node in _placement(session) if node.provider != wanted}
-    if strays:
-        raise Unusable(f"onnxruntime would run nodes elsewhere than {wanted}: {', '.join(sorted(strays))}")
+    if strays or session.get_providers()[0] != wanted:
+        nodes = ", ".join(sorted(strays)) or f"everything on {session.get_providers()[0]}"
+        raise Unusable(f"onnxruntime would run elsewhere than {wanted}: {nodes}; see lenet-deploy doctor")
     return session
+
+
+def cause(said: str) -> str | None:
+    """What ORT wrote of a provider that did not load: the missing library, where it names one.
+
+    The exception only says that nodes fell back; the reason goes to standard error.
+    """
+    missing = re.search(r"error: (\S+\.so[.\d]*): cannot open shared object file", said)
+    return f"{missing[1]} is not found" if missing else None
 
 
 def _placement(session: Any) -> tuple[NodePlacement, ...]:
     return tuple(
-        NodePlacement(node.name, part.ep_name) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
+        NodePlacement(node.name or node.op_type, part.ep_name) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
     )
 
 
-def _identity_graph() -> bytes:
+def _one_node_graph() -> bytes:
     from onnx import TensorProto, helper
 
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1])
