@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Any
 
-import click
 import typer
 
 from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, LenetDeployError, Unusable
 
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = ((GateFailed, 1), (BadInput, 2), (Unusable, 3), (CannotWrite, 5))
+# typer once raised click's exceptions and now raises its own copies; this is the base of all usage errors in both.
+USAGE_ERROR: Any = typer.BadParameter.__base__
 INTERRUPTED = 130
 UNEXPECTED = 70  # sysexits.h EX_SOFTWARE: a defect of this program
 
@@ -19,13 +21,13 @@ UNEXPECTED = 70  # sysexits.h EX_SOFTWARE: a defect of this program
 def run(application: typer.Typer) -> int:
     """Run the application on sys.argv and return the exit code; a traceback appears only with LENET_DEPLOY_DEBUG=1."""
     try:
-        code = typer.main.get_command(application).main(standalone_mode=False)
+        code = application(standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except click.ClickException as error:
+    except USAGE_ERROR as error:
         error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; nothing is half-written")
         return INTERRUPTED
     except BrokenPipeError:

@@ -54,8 +54,7 @@ def publish(staging: Path, target: Path, replace: bool) -> None:
         CannotWrite: the system refused, or something stands there and `replace` is false; both are as they were.
     """
     try:
-        for path in (*staging.iterdir(), staging):
-            _sync(path)  # the name must not reach the disk before the bytes
+        _sync(staging)  # its files are synced as they are written; the new name must not reach the disk before theirs
         _rename(staging, target, _RENAME_EXCHANGE if replace and target.exists() else _RENAME_NOREPLACE)
         _sync(target.parent)
     except OSError as error:
