@@ -148,7 +148,9 @@ def cause(said: str) -> str | None:
 
 def _placement(session: Any) -> tuple[NodePlacement, ...]:
     return tuple(
-        NodePlacement(node.name or node.op_type, part.ep_name) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()
+        NodePlacement(node.name or node.op_type, part.ep_name)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
     )
 
 
