@@ -41,9 +41,8 @@ def demo(
     write_file(out / "parity.json", parity_json(exported.parity).encode())
     write_file(out / "bench.json", bench_json(bench).encode())
 
-    rows = api.evaluate(exported.bundle.path, digits, device=device)
     sections = (
-        (f"Accuracy on {len(digits.test_images)} digits that training never saw", accuracy_table(rows)),
+        (f"Accuracy on {len(digits.test_images)} digits that training never saw", accuracy_table(exported.accuracies)),
         ("Artifacts", artifact_table(exported.bundle.manifest.artifacts)),
         (f"Parity with the float64 oracle: {verdict(exported.parity.verdict, True)}", parity_table(exported.parity)),
         ("Latency and throughput", bench_table(bench)),

@@ -33,9 +33,8 @@ def export(
     from lenet_deploy import api
     from lenet_deploy.report.table import to_text
     from lenet_deploy.report.tables import artifact_table, parity_table
-    from lenet_deploy.sources import load
 
-    checkpoint = load(what, model=model, settings=settings(set_), seed=seed)
+    checkpoint = api.load(what, model=model, settings=settings(set_), seed=seed)
     note(f"{what}: {checkpoint.provenance.get('source', 'a checkpoint')}", quiet)
     with progress(quiet) as show:
         try:

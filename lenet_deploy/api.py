@@ -1,4 +1,4 @@
-"""The public functions: export (export + parity + publish), check_parity, benchmark, and what the commands add.
+"""The public functions: load, export (export + parity + publish), check_parity, benchmark; evaluate, predict and doctor.
 
 Importing this module imports no torch; the functions import what they need.
 """
@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lenet_deploy import environment
 from lenet_deploy.errors import BadInput, GateFailed, Unusable
+from lenet_deploy.evaluation import accuracies, evaluate, predict
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,
-    ArtifactMetadata,
     BenchReport,
     Failure,
     ParityReport,
     ParityResult,
-    Prediction,
     RuntimeStatus,
 )
 from lenet_deploy.sources import (
@@ -35,10 +34,9 @@ from lenet_deploy.sources import (
     load,
     on_device,
     open_session,
-    open_source,
     parity_dataset,
 )
-from lenet_deploy.variants import CHECKPOINT, DEVICES, RUNTIMES, VARIANTS, select_artifacts, select_variants
+from lenet_deploy.variants import CHECKPOINT, DEVICES, RUNTIMES, VARIANTS, select_artifacts
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +44,8 @@ if TYPE_CHECKING:
     from lenet_deploy.bundle import Bundle
     from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.data import Dataset
-    from lenet_deploy.runtimes import Session
+
+__all__ = ["ExportReport", "ParityFailed", "benchmark", "check_parity", "doctor", "evaluate", "export", "load", "predict"]
 
 # Called with steps done, steps in all, and what is at work.
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -63,11 +62,13 @@ class ExportReport:
     Attributes:
         bundle: the published bundle.
         parity: the check that allowed it.
+        accuracies: of each variant that ran, where the data set is the one trained on.
         left_out: artifacts that failed to export, with the reason.
     """
 
     bundle: Bundle
     parity: ParityReport
+    accuracies: tuple[AccuracyRow, ...]
     left_out: tuple[Failure, ...]
 
 
@@ -144,13 +145,13 @@ def export(
         report = check_parity(draft, device=device, dataset=images)
         if report.verdict == "fail":
             raise ParityFailed(f"an artifact does not compute the checkpoint's function, so {target} is as it was", report)
-        accuracies = _accuracies(draft, report, images) if images.name == source.dataset else {}
-        verified = tuple(_judged(artifact, report, accuracies) for artifact in artifacts)
+        rows = _accuracies(draft, report, images) if images.name == source.dataset else ()
+        verified = tuple(_judged(artifact, report, rows) for artifact in artifacts)
         manifest = dataclasses.replace(manifest, artifacts=verified)
         write_manifest(staging, manifest)
         publish(staging, target, replaces)
     progress(len(specs) + 1, len(specs) + 1, "published")
-    return ExportReport(Bundle(target, manifest), report, tuple(left_out))
+    return ExportReport(Bundle(target, manifest), report, rows, tuple(left_out))
 
 
 def check_parity(
@@ -266,72 +267,6 @@ def benchmark(
     return BenchReport(measurements, tuple(skipped), environment.capture())
 
 
-def evaluate(what: str | Path, dataset: Dataset, *, device: str = "auto") -> tuple[AccuracyRow, ...]:
-    """Accuracy on `dataset`'s test split of a checkpoint, of one artifact, or of every variant of a bundle.
-
-    Variants that cannot run here have no row.
-
-    Raises:
-        BadInput: see `open_source`; or the data set's labels do not fit the model.
-        Unusable: nothing of it runs here.
-    """
-    source = open_source(what)
-    if len(dataset.labels) > len(source.metadata.labels):
-        raise BadInput(f"{dataset.name} has {len(dataset.labels)} classes and this model {len(source.metadata.labels)}")
-    rows, reasons = [], []
-    with computing(device):
-        for variant in on_device(source.variants, device):
-            try:
-                with open_session(source, variant, device) as session:
-                    rows.append(_accuracy(variant.name, session, source.metadata, dataset))
-            except Unusable as error:
-                reasons.append(f"{variant.name}: {error}")
-    if not rows:
-        raise Unusable("; ".join(reasons))
-    return tuple(rows)
-
-
-def predict(
-    what: str | Path, images: Sequence[str | Path], *, variant: str | None = None, device: str = "auto", top: int = 3, invert: bool = False
-) -> tuple[Prediction, ...]:
-    """Classify PNG or JPEG files with one variant: the first of `what` that runs here, or the one named.
-
-    Args:
-        top: labels per image.
-        invert: swap dark and light first, for dark strokes on paper.
-
-    Raises:
-        BadInput: see `open_source`; or an image that cannot be read.
-        Unusable: the variant does not run here.
-    """
-    import torch
-
-    from lenet_deploy.data import load_image, normalise
-    from lenet_deploy.parity.check import run_batch
-
-    if top < 1:
-        raise BadInput(f"top is {top}; it must be at least 1")
-    source = open_source(what)
-    candidates = on_device(select_variants((variant,), source.variants) if variant else source.variants, device)
-    spec = source.metadata.preprocessing
-    pixels = torch.cat([load_image(Path(path), spec, invert) for path in images])
-    reasons = []
-    with computing(device):
-        for candidate in candidates:
-            try:
-                with open_session(source, candidate, device) as session:
-                    shares = run_batch(session, normalise(pixels, spec)).softmax(dim=1)
-            except Unusable as error:
-                reasons.append(f"{candidate.name}: {error}")
-                continue
-            ranked = shares.topk(min(top, shares.shape[1]))
-            return tuple(
-                Prediction(str(path), candidate.name, tuple((source.metadata.labels[i], p) for i, p in zip(row, values, strict=True)))
-                for path, row, values in zip(images, ranked.indices.tolist(), ranked.values.tolist(), strict=True)
-            )
-    raise Unusable("; ".join(reasons))
-
-
 def doctor() -> tuple[RuntimeStatus, ...]:
     """What this machine can run, tried and not guessed: one status a runtime and device."""
     return tuple(runtime.load().probe(device) for device in DEVICES for runtime in RUNTIMES)
@@ -343,34 +278,17 @@ def _open(bundle: str | Path | Bundle) -> Bundle:
     return open_bundle(Path(bundle)) if isinstance(bundle, (str, Path)) else bundle
 
 
-def _accuracy(name: str, session: Session, metadata: ArtifactMetadata, dataset: Dataset) -> AccuracyRow:
-    from lenet_deploy.data import fit, normalise
-    from lenet_deploy.parity.check import run_batch
-    from lenet_deploy.train import EVALUATION_BATCH
-
-    correct = 0
-    for images, labels in zip(dataset.test_images.split(EVALUATION_BATCH), dataset.test_labels.split(EVALUATION_BATCH), strict=True):
-        scores = run_batch(session, normalise(fit(images, metadata.preprocessing), metadata.preprocessing))
-        correct += int((scores.argmax(dim=1) == labels).sum())
-    return AccuracyRow(name, correct, len(dataset.test_images))
-
-
-def _accuracies(bundle: Bundle, report: ParityReport, dataset: Dataset) -> dict[str, float]:
+def _accuracies(bundle: Bundle, report: ParityReport, dataset: Dataset) -> tuple[AccuracyRow, ...]:
     ran = {result.variant for result in report.results if result.status == "pass"}
-    source, found = bundle_source(bundle), {}
-    with computing("auto"):
-        for variant in bundle_variants(bundle, ("*",)):
-            if variant.name in ran:
-                with open_session(source, variant, "auto") as session:
-                    found[variant.name] = _accuracy(variant.name, session, bundle.metadata, dataset).accuracy
-    return found
+    variants = (variant for variant in bundle_variants(bundle, ("*",)) if variant.name in ran)
+    return accuracies(bundle_source(bundle), variants, dataset)[0]
 
 
-def _judged(artifact: Artifact, report: ParityReport, accuracies: Mapping[str, float]) -> Artifact:
+def _judged(artifact: Artifact, report: ParityReport, rows: Sequence[AccuracyRow]) -> Artifact:
     """The artifact with the status that parity gave it: verified where at least one variant of it ran and passed."""
     names = {variant.name for variant in VARIANTS if variant.artifact.name == artifact.name}
     passed = any(result.variant in names and result.status == "pass" for result in report.results)
-    known = {name: value for name, value in accuracies.items() if name in names}
+    known = {row.variant: row.accuracy for row in rows if row.variant in names}
     return dataclasses.replace(artifact, status="verified" if passed else "unverified", accuracy=known)
 
 

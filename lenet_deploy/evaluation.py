@@ -1,0 +1,105 @@
+"""What a deployed model answers: accuracy on a test split, and labels for image files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lenet_deploy.errors import BadInput, Unusable
+from lenet_deploy.records import AccuracyRow, Failure, Prediction, Preprocessing
+from lenet_deploy.sources import Source, computing, on_device, open_session, open_source
+from lenet_deploy.variants import Variant, select_variants
+
+if TYPE_CHECKING:
+    import torch
+
+    from lenet_deploy.data import Dataset
+
+
+def accuracies(
+    source: Source, variants: Iterable[Variant], dataset: Dataset, device: str = "auto"
+) -> tuple[tuple[AccuracyRow, ...], tuple[Failure, ...]]:
+    """Top-1 accuracy on `dataset`'s test split of each variant that runs here, and why the others do not."""
+    from lenet_deploy.parity.check import run_batch
+
+    batches = _test_batches(dataset, source.metadata.preprocessing)
+    rows, skipped = [], []
+    with computing(device):
+        for variant in variants:
+            try:
+                with open_session(source, variant, device) as session:
+                    hits = [run_batch(session, images).argmax(dim=1) == labels for images, labels in batches]
+            except Unusable as error:
+                skipped.append(Failure(variant.name, str(error)))
+                continue
+            rows.append(AccuracyRow(variant.name, sum(int(hit.sum()) for hit in hits), len(dataset.test_images)))
+    return tuple(rows), tuple(skipped)
+
+
+def evaluate(what: str | Path, dataset: Dataset, *, device: str = "auto") -> tuple[AccuracyRow, ...]:
+    """Accuracy on `dataset`'s test split of a checkpoint, of one artifact, or of every variant of a bundle.
+
+    Variants that cannot run here have no row.
+
+    Raises:
+        BadInput: see `open_source`; or the data set's labels do not fit the model.
+        Unusable: nothing of it runs here.
+    """
+    source = open_source(what)
+    if len(dataset.labels) > len(source.metadata.labels):
+        raise BadInput(f"{dataset.name} has {len(dataset.labels)} classes and this model {len(source.metadata.labels)}")
+    rows, skipped = accuracies(source, on_device(source.variants, device), dataset, device)
+    if not rows:
+        raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in skipped))
+    return rows
+
+
+def predict(
+    what: str | Path, images: Sequence[str | Path], *, variant: str | None = None, device: str = "auto", top: int = 3, invert: bool = False
+) -> tuple[Prediction, ...]:
+    """Classify PNG or JPEG files with one variant: the first of `what` that runs here, or the one named.
+
+    Args:
+        top: labels per image.
+        invert: swap dark and light first, for dark strokes on paper.
+
+    Raises:
+        BadInput: see `open_source`; or an image that cannot be read.
+        Unusable: the variant does not run here.
+    """
+    import torch
+
+    from lenet_deploy.data import load_image, normalise
+    from lenet_deploy.parity.check import run_batch
+
+    if top < 1:
+        raise BadInput(f"top is {top}; it must be at least 1")
+    source = open_source(what)
+    candidates = on_device(select_variants((variant,), source.variants) if variant else source.variants, device)
+    spec = source.metadata.preprocessing
+    pixels = torch.cat([load_image(Path(path), spec, invert) for path in images])
+    reasons = []
+    with computing(device):
+        for candidate in candidates:
+            try:
+                with open_session(source, candidate, device) as session:
+                    shares = run_batch(session, normalise(pixels, spec)).softmax(dim=1)
+            except Unusable as error:
+                reasons.append(f"{candidate.name}: {error}")
+                continue
+            ranked = shares.topk(min(top, shares.shape[1]))
+            return tuple(
+                Prediction(str(path), candidate.name, tuple((source.metadata.labels[i], p) for i, p in zip(row, values, strict=True)))
+                for path, row, values in zip(images, ranked.indices.tolist(), ranked.values.tolist(), strict=True)
+            )
+    raise Unusable("; ".join(reasons))
+
+
+def _test_batches(dataset: Dataset, preprocessing: Preprocessing) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The test split as the model takes it, once for all variants: float32 (N, C, H, W) and labels int64 (N,)."""
+    from lenet_deploy.data import fit, normalise
+    from lenet_deploy.train import EVALUATION_BATCH
+
+    images, labels = dataset.test_images.split(EVALUATION_BATCH), dataset.test_labels.split(EVALUATION_BATCH)
+    return [(normalise(fit(batch, preprocessing), preprocessing), truth) for batch, truth in zip(images, labels, strict=True)]
