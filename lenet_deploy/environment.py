@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from lenet_deploy.records import Environment
@@ -44,6 +42,8 @@ def capture() -> Environment:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide a result, by distribution name."""
+    from importlib import metadata  # 15 ms that --help need not spend
+
     found = {}
     for name in PACKAGES:
         try:
@@ -79,6 +79,8 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
+    import subprocess
+
     try:
         done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

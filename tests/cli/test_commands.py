@@ -1,0 +1,472 @@
+"""Every command on its happy path: what it prints, where, and which files it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lenet_deploy.cli import COMMANDS, build
+from lenet_deploy.cli.errors import run
+
+from lenet_deploy import __version__
+from lenet_deploy.bundle import Bundle, open_bundle
+from lenet_deploy.checkpoint import Checkpoint, load, to_bytes
+from lenet_deploy.data import Dataset, fit, normalise
+from lenet_deploy.models import MODELS
+from lenet_deploy.variants import ARTIFACTS, DEVICES, RUNTIMES, VARIANTS
+
+CPU_VARIANTS = [variant.name for variant in VARIANTS if variant.device == "cpu"]
+SMALL = ("--set", "in_channels=1", "--set", "channels=2,3", "--set", "hidden=8,6")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """Standard output as one JSON document that starts with its schema."""
+        found: dict[str, Any] = json.loads(self.out)
+        assert next(iter(found)) == "schema"
+        assert "environment" in found
+        return found
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def lenet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """`lenet-deploy ARGS...` in this process and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["lenet-deploy", *map(str, arguments)])
+        capsys.readouterr()
+        code = run(build())
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
+
+    return call
+
+
+def stored(path: Path, kind: str) -> dict[str, Any]:
+    """A JSON file that the command wrote."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    assert next(iter(document.items())) == ("schema", f"lenet-deploy/{kind}/1")
+    assert document["environment"]["python"]
+    return document
+
+
+def test_train_writes_both_files_and_says_where(lenet: Run, tmp_path: Path) -> None:
+    done = lenet("train", "--model", "lenet5", "--data", "digits", "--epochs", "2", "--device", "cpu", *SMALL, "--out", "run/one")
+    assert done.code == 0
+    assert sorted(path.name for path in (tmp_path / "run/one").iterdir()) == ["checkpoint.safetensors", "metrics.json"]
+    metrics = stored(tmp_path / "run/one/metrics.json", "metrics")
+    assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2]
+    assert metrics["epochs"][0].keys() == {"epoch", "loss", "lr", "accuracy", "images_per_s"}
+    found = load(tmp_path / "run/one/checkpoint.safetensors")
+    assert found.dataset == "digits"
+    assert f"{metrics['epochs'][-1]['accuracy']:.2f} %" in done.out
+    assert "run/one/checkpoint.safetensors" in done.out
+
+
+def test_training_progress_goes_to_standard_error_and_quiet_silences_it(lenet: Run) -> None:
+    arguments = ("train", "--epochs", "1", "--device", "cpu", *SMALL, "--out", "run")
+    loud, quiet = lenet(*arguments), lenet(*arguments, "--quiet")
+    assert [line.split(",")[0] for line in loud.err.splitlines()] == ["Epoch: 1"]
+    assert "Epoch" not in loud.out
+    assert (quiet.code, quiet.err) == (0, "")
+    assert quiet.out == loud.out
+
+
+def test_the_same_seed_trains_the_same_checkpoint(lenet: Run, tmp_path: Path) -> None:
+    for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
+        arguments = ("train", "--epochs", "1", "--seed", seed, "--device", "cpu", *SMALL, "--quiet")
+        assert lenet(*arguments, "--out", name).code == 0
+    a, b, c = (load(tmp_path / name / "checkpoint.safetensors").metadata().weights_sha256 for name in "abc")
+    assert a == b != c
+
+
+def test_train_and_export_name_their_folders_after_the_model(lenet: Run, tmp_path: Path) -> None:
+    assert lenet("train", "--epochs", "1", "--device", "cpu", *SMALL, "--quiet").code == 0
+    assert lenet("export", "lenet5", *SMALL, "--to", "torchscript", "--device", "cpu", "--quiet").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lenet5", "lenet5-digits"]
+
+
+def test_export_publishes_says_what_is_exported_and_prints_both_tables(lenet: Run, tmp_path: Path) -> None:
+    done = lenet("export", "lenet5", *SMALL, "--out", "bundle", "--device", "cpu", "--seed", "4")
+    assert done.code == 0
+    assert done.err == "lenet5: freshly initialised from seed 4\n", "and no noise of third parties"
+    opened = open_bundle(tmp_path / "bundle")
+    assert [artifact.name for artifact in opened.manifest.artifacts] == [spec.name for spec in ARTIFACTS]
+    assert all(f"{name}  " in done.out for name in CPU_VARIANTS)
+    assert all(f"{artifact.path}  " in done.out for artifact in opened.manifest.artifacts)
+    assert done.out.endswith("published bundle\n")
+
+
+def test_export_to_one_format_holds_that_format_and_the_checkpoint(lenet: Run, tmp_path: Path) -> None:
+    assert lenet("export", "lenet5", *SMALL, "--to", "torchscript", "--out", "bundle", "--device", "cpu", "--quiet").code == 0
+    names = [artifact.name for artifact in open_bundle(tmp_path / "bundle").manifest.artifacts]
+    assert names == ["checkpoint", "torchscript-trace-fp32", "torchscript-script-fp32"]
+
+
+def test_export_to_all_means_every_format(lenet: Run, tmp_path: Path) -> None:
+    assert lenet("export", "lenet5", *SMALL, "--to", "all", "--out", "bundle", "--device", "cpu", "--quiet").code == 0
+    assert len(open_bundle(tmp_path / "bundle").manifest.artifacts) == len(ARTIFACTS)
+
+
+def test_export_takes_a_checkpoint_and_a_foreign_state_dict(lenet: Run, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_bytes(to_bytes(checkpoint))
+    torch.save(dict(checkpoint.weights), tmp_path / "foreign.pt")
+    options = ("--to", "torchscript", "--device", "cpu", "--quiet")
+    settings = ("--model", "lenet5", "--set", "in_channels=1", "--set", "image_size=28", "--set", "padding=2")
+    assert lenet("export", "mine.safetensors", *options, "--out", "a").code == 0
+    assert lenet("export", "foreign.pt", *settings, *options, "--out", "b").code == 0
+    digests = {open_bundle(tmp_path / name).metadata.weights_sha256 for name in "ab"}
+    assert digests == {checkpoint.metadata().weights_sha256}
+
+
+def test_export_replaces_a_bundle_by_force(lenet: Run, tmp_path: Path) -> None:
+    arguments = ("export", "lenet5", *SMALL, "--to", "torchscript", "--device", "cpu", "--quiet", "--out", "bundle")
+    assert [lenet(*arguments).code, lenet(*arguments).code, lenet(*arguments, "--force", "--seed", "1").code] == [0, 2, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+PARITY_KEYS = {
+    "variant",
+    "status",
+    "reason",
+    "inputs",
+    "batch_size",
+    "max_abs_error",
+    "rmse",
+    "budget_used",
+    "top1_agreement",
+    "first_divergent_layer",
+    "node_providers",
+}
+
+
+def test_parity_prints_a_table_and_writes_json_and_markdown(lenet: Run, bundle: Bundle, tmp_path: Path) -> None:
+    done = lenet("parity", bundle.path, "--device", "cpu", "--batch", "1,3", "--json", "parity.json", "--markdown", "parity.md")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.endswith("verdict: pass\n")
+    document = stored(tmp_path / "parity.json", "parity")
+    assert document["verdict"] == "pass"
+    assert all(result.keys() >= PARITY_KEYS for result in document["results"])
+    assert {result["variant"] for result in document["results"]} == set(CPU_VARIANTS)
+    assert {(result["status"], result["batch_size"]) for result in document["results"]} == {("pass", 1), ("pass", 3)}
+    assert all(0 <= result["budget_used"] <= 1 and result["top1_agreement"] == 1 for result in document["results"])
+    markdown = (tmp_path / "parity.md").read_text().splitlines()
+    assert markdown[0].startswith("| variant | status |")
+    assert len(markdown) == 2 + len(CPU_VARIANTS)
+
+
+def test_parity_json_to_standard_output_is_all_there_is_on_it(lenet: Run, bundle: Bundle) -> None:
+    done = lenet("parity", bundle.path, "--variants", "eager/torch-cpu/*,onnx/ort-cpu/fp32", "--batch", "2", "--json", "-")
+    assert (done.code, done.err) == (0, "")
+    assert {result["variant"] for result in done.document["results"]} == {"eager/torch-cpu/fp32", "onnx/ort-cpu/fp32"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="skips variants for want of a GPU, and there is one")
+def test_variants_that_cannot_run_here_are_listed_as_skipped_with_the_reason(lenet: Run, bundle: Bundle) -> None:
+    parity = lenet("parity", bundle.path, "--batch", "1", "--json", "-")
+    bench = lenet("bench", bundle.path, "--batch", "1", "--scope", "device", "--rounds", "1", "--json", "-")
+    skipped = [result for result in parity.document["results"] if result["status"] == "skipped"]
+    on_cuda = {variant.name for variant in VARIANTS if variant.device == "cuda"}
+    assert (parity.code, bench.code) == (0, 0)
+    assert {result["variant"] for result in skipped} == {each["variant"] for each in bench.document["skipped"]} == on_cuda
+    assert all("nvidia-smi" in result["reason"] or "install" in result["reason"] for result in skipped)
+    assert bench.err.count("skipped: ") == len(on_cuda)
+
+
+BENCH_KEYS = {
+    "variant",
+    "device",
+    "batch_size",
+    "scope",
+    "times_s",
+    "median_s",
+    "ci95_s",
+    "p90_s",
+    "p99_s",
+    "throughput_ips",
+    "warnings",
+    "limit_fraction",
+    "launches_per_block",
+    "size_bytes",
+    "accuracy",
+    "node_providers",
+}
+
+
+def test_bench_measures_what_was_asked_for_and_keeps_the_raw_times(lenet: Run, bundle: Bundle, tmp_path: Path) -> None:
+    arguments = ("--variants", "eager/*,onnx/ort-cpu/fp32", "--batch", "1,2", "--scope", "device,e2e", "--rounds", "1", "--device", "cpu")
+    done = lenet("bench", bundle.path, *arguments, "--json", "bench.json", "--markdown", "bench.md")
+    assert (done.code, done.err) == (0, "")
+    document = stored(tmp_path / "bench.json", "bench")
+    assert document["skipped"] == []
+    assert all(each.keys() >= BENCH_KEYS for each in document["measurements"])
+    cases = {(each["variant"], each["batch_size"], each["scope"]) for each in document["measurements"]}
+    names = ("eager/torch-cpu/fp32", "onnx/ort-cpu/fp32")
+    assert cases == {(name, batch, scope) for name in names for batch in (1, 2) for scope in ("device", "e2e")}
+    for each in document["measurements"]:
+        assert min(each["times_s"]) <= each["median_s"] <= max(each["times_s"])
+        assert each["throughput_ips"] > 0
+        assert 50 < each["accuracy"] <= 100
+    assert "images/s" in done.out.splitlines()[0]
+    assert (tmp_path / "bench.md").read_text().startswith("| variant | batch |")
+
+
+def test_bench_json_to_standard_output_is_all_there_is_on_it(lenet: Run, bundle: Bundle) -> None:
+    arguments = ("--variants", "eager/torch-cpu/*", "--batch", "1", "--scope", "device", "--rounds", "1", "--device", "cpu")
+    done = lenet("bench", bundle.path, *arguments, "--json", "-")
+    assert done.code == 0
+    assert len(done.document["measurements"]) == 1
+
+
+def test_evaluate_takes_a_bundle_a_checkpoint_an_artifact_and_a_name(lenet: Run, bundle: Bundle, checkpoint: Checkpoint) -> None:
+    rows = {}
+    for what in (bundle.path, bundle.path / "checkpoint.safetensors", bundle.path / "model.onnx"):
+        done = lenet("evaluate", what, "--data", "digits", "--device", "cpu", "--json", "-")
+        assert done.code == 0
+        assert done.document["schema"] == "lenet-deploy/evaluate/1"
+        rows[what.name] = done.document["rows"]
+    assert [row["variant"] for row in rows["bundle"]] == CPU_VARIANTS
+    assert [row["variant"] for row in rows["model.onnx"]] == ["onnx/ort-cpu/fp32"]
+    for row in (row for each in rows.values() for row in each):
+        assert row["accuracy"] == pytest.approx(checkpoint.provenance["test_accuracy"], abs=0.6)
+        assert row["ci95"][0] < row["accuracy"] < row["ci95"][1]
+        assert row["images"] == 360
+
+
+def test_evaluate_takes_a_data_set_of_your_own(lenet: Run, bundle: Bundle, digits: Dataset, tmp_path: Path) -> None:
+    import numpy as np
+
+    arrays = {name: getattr(digits, name)[:40].numpy().squeeze() for name in ("train_images", "train_labels", "test_images", "test_labels")}
+    np.savez(tmp_path / "own.npz", **arrays)
+    done = lenet("evaluate", bundle.path / "model.trace.pt", "--data", "own.npz", "--device", "cpu", "--json", "-")
+    assert done.code == 0
+    assert [row["images"] for row in done.document["rows"]] == [40]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_a_fresh_model_is_said_to_be_fresh(command: str, lenet: Run, digits: Dataset) -> None:
+    save(digits.test_images[0], Path("digit.png"))
+    done = lenet(command, "lenet5", *(["digit.png"] if command == "predict" else []), "--device", "cpu")
+    assert done.code == 0
+    assert "freshly initialised from seed 0" in done.out + done.err
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_inspect_prints_the_layer_table_of_every_model(model: Any, lenet: Run) -> None:
+    done = lenet("inspect", model.name)
+    assert (done.code, done.err) == (0, "")
+    assert all(f"\n{layer.name} " in done.out for layer in model.defaults.layers())
+    document = lenet("inspect", model.name, "--json", "-").document
+    total = sum(layer["parameters"] for layer in document["layers"])
+    assert f"{total:,}" in model.summary
+    assert f"{total:,}" in next(line for line in done.out.splitlines() if line.startswith("total"))
+
+
+def test_inspect_defaults_to_lenet5_and_applies_settings(lenet: Run) -> None:
+    done = lenet("inspect", "--set", "channels=8,16", "--set", "pooling=max", "--json", "-")
+    assert done.code == 0
+    assert done.document["model"] == "lenet5"
+    assert done.document["config"]["channels"] == [8, 16]
+    assert [layer["kind"] for layer in done.document["layers"]][:3] == ["conv", "max pool", "conv"]
+
+
+def test_inspect_reads_a_checkpoint_a_bundle_an_artifact_and_a_copy_of_one(
+    lenet: Run, bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.safetensors").write_bytes(to_bytes(checkpoint))
+    shutil.copy(bundle.path / "model.onnx", tmp_path / "copy.onnx")
+    for what in (Path("mine.safetensors"), bundle.path, bundle.path / "model.trace.pt", Path("copy.onnx")):
+        done = lenet("inspect", what, "--json", "-")
+        assert (done.code, done.err) == (0, "")
+        assert done.document["config"]["image_size"] == 28
+        assert done.document["layers"][0]["output"] == [6, 28, 28]
+
+
+def save(image: torch.Tensor, path: Path, side: int | None = None, mode: str = "L") -> None:
+    """One uint8 (1, H, W) image as a file."""
+    from PIL import Image
+
+    picture = Image.fromarray(image[0].numpy())
+    if side:
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    picture.convert(mode).save(path)
+
+
+def test_predict_on_a_png_is_the_model_on_that_image(lenet: Run, checkpoint: Checkpoint, bundle: Bundle, digits: Dataset) -> None:
+    for number in range(5):
+        save(digits.test_images[number], Path(f"{number}.png"))
+    done = lenet("predict", bundle.path, *(f"{number}.png" for number in range(5)), "--device", "cpu", "--json", "-")
+    assert done.code == 0
+    spec = checkpoint.preprocessing
+    with torch.no_grad():
+        scores = checkpoint.module()(normalise(fit(digits.test_images[:5], spec), spec))
+    shares, winners = scores.softmax(dim=1).max(dim=1)
+    predictions = done.document["predictions"]
+    assert [prediction["image"] for prediction in predictions] == [f"{number}.png" for number in range(5)]
+    assert [prediction["top"][0][0] for prediction in predictions] == [str(int(winner)) for winner in winners]
+    assert [prediction["top"][0][1] for prediction in predictions] == pytest.approx(shares.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "L"), ("png", "RGB"), ("png", "RGBA"), ("png", "1"), ("jpg", "L"), ("jpeg", "RGB")])
+def test_predict_takes_png_and_jpeg_of_any_size_and_mode(suffix: str, mode: str, lenet: Run, bundle: Bundle, digits: Dataset) -> None:
+    save(digits.test_images[0], Path(f"digit.{suffix}"), 120, mode)
+    done = lenet("predict", bundle.path, f"digit.{suffix}", "--device", "cpu", "--top", "4")
+    assert (done.code, done.err) == (0, "")
+    rows = [line.split() for line in done.out.splitlines() if line.startswith("digit.")]
+    assert [row[1] for row in rows] == ["1", "2", "3", "4"]
+    assert rows[0][2] == str(int(digits.test_labels[0]))
+    assert "variant: eager/torch-cpu/fp32" in done.out
+
+
+def test_predict_runs_the_variant_that_is_named(lenet: Run, bundle: Bundle, digits: Dataset) -> None:
+    save(digits.test_images[0], Path("digit.png"))
+    done = lenet("predict", bundle.path, "digit.png", "--variant", "onnx/ort-cpu/fp32", "--json", "-")
+    assert done.code == 0
+    assert [prediction["variant"] for prediction in done.document["predictions"]] == ["onnx/ort-cpu/fp32"]
+
+
+def test_predict_gives_all_labels_where_top_is_more_than_there_are(lenet: Run, bundle: Bundle, digits: Dataset) -> None:
+    save(digits.test_images[0], Path("digit.png"))
+    done = lenet("predict", bundle.path, "digit.png", "--top", "99", "--device", "cpu", "--json", "-")
+    [prediction] = done.document["predictions"]
+    assert sorted(label for label, _ in prediction["top"]) == list("0123456789")
+    assert sum(share for _, share in prediction["top"]) == pytest.approx(1)
+
+
+def test_doctor_says_of_every_runtime_whether_it_works_and_why_not(lenet: Run) -> None:
+    done = lenet("doctor", "--json", "-")
+    assert (done.code, done.err) == (0, "")
+    assert done.document["schema"] == "lenet-deploy/doctor/1"
+    runtimes = done.document["runtimes"]
+    assert [each["name"] for each in runtimes] == [f"{runtime.name}-{device}" for device in DEVICES for runtime in RUNTIMES]
+    assert all(each.keys() == {"name", "usable", "reason", "fix"} and each["reason"] for each in runtimes)
+    assert all(each["usable"] for each in runtimes if each["name"].endswith("-cpu"))
+    assert all(each["usable"] or each["fix"] for each in runtimes)
+    table = lenet("doctor")
+    assert table.code == 0
+    assert all(f"\n{each['name']} " in table.out for each in runtimes)
+
+
+def test_version_is_printed(lenet: Run) -> None:
+    assert lenet("--version") == Outcome(0, f"lenet-deploy {__version__}\n", "")
+
+
+def test_a_bare_call_shows_the_help(lenet: Run) -> None:
+    done = lenet()
+    assert done.code in (0, 2)
+    assert all(command.__name__ in done.out + done.err for command in COMMANDS)
+
+
+HELP = """
+import contextlib, io, json, sys
+from lenet_deploy.cli import COMMANDS, build
+from lenet_deploy.cli.errors import run
+
+pages = {}
+for command in ("", *(each.__name__ for each in COMMANDS)):
+    sys.argv = ["lenet-deploy", *([command] if command else []), "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as page:
+        code = run(build())
+    pages[command] = [code, page.getvalue()]
+heavy = sorted({"torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy", "PIL", "safetensors"} & set(sys.modules))
+print(json.dumps([pages, heavy]))
+"""
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    pages, heavy = json.loads(done.stdout)
+    assert heavy == []
+    assert {code for code, _ in pages.values()} == {0}
+    for command in COMMANDS:
+        assert (command.__doc__ or "").splitlines()[0].split(":")[0][:30] in pages[command.__name__][1]
+        assert command.__name__ in pages[""][1]
+
+
+def test_importing_the_library_imports_nothing_heavy() -> None:
+    script = "import sys, lenet_deploy; print(sorted({'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_device_stands_on_every_command_that_computes(lenet: Run) -> None:
+    for command in ("demo", "train", "evaluate", "export", "parity", "bench", "predict"):
+        assert "--device" in lenet(command, "--help").out
+
+
+def test_the_module_runs_as_the_command_does(cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    done = cli("inspect", "lenet5", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "62,006" in done.stdout
+    assert "\x1b" not in done.stdout, "no colours where no terminal is"
+
+
+def test_no_color_is_honoured_on_a_terminal(bundle: Bundle, tmp_path: Path) -> None:
+    import os
+    import pty
+
+    def verdict(**environment: str) -> bytes:
+        master, slave = pty.openpty()
+        command = [sys.executable, "-m", "lenet_deploy.cli", "parity", str(bundle.path), "--variants", "eager/torch-cpu/*", "--batch", "1"]
+        plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+        subprocess.run(
+            command, stdout=slave, stderr=subprocess.PIPE, env={**plain, "TERM": "xterm", **environment}, timeout=120, check=True
+        )
+        os.close(slave)
+        printed = b""
+        while chunk := read(master):
+            printed += chunk
+        os.close(master)
+        return printed
+
+    def read(master: int) -> bytes:
+        try:
+            return os.read(master, 65536)
+        except OSError:  # Linux says EIO where the other end is closed
+            return b""
+
+    assert b"verdict: \x1b[" in verdict()
+    assert b"verdict: pass" in verdict(NO_COLOR="1")
+
+
+def test_the_demo_goes_the_whole_way_and_replaces_an_earlier_one(
+    cli: Callable[..., subprocess.CompletedProcess[str]], bundle: Bundle, tmp_path: Path
+) -> None:
+    out = tmp_path / "lenet-deploy-demo"
+    shutil.copytree(bundle.path, out / "bundle")
+    (out / "metrics.json").write_text("of an earlier run")
+    done = cli("demo", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bundle", "checkpoint.safetensors", "metrics.json", "parity.json"]
+    assert stored(out / "parity.json", "parity")["verdict"] == "pass"
+    assert {each["variant"] for each in stored(out / "bench.json", "bench")["measurements"]} == set(CPU_VARIANTS)
+    assert stored(out / "metrics.json", "metrics")["epochs"][-1]["accuracy"] > 90
+    published = open_bundle(out / "bundle")
+    assert published.metadata == load(out / "checkpoint.safetensors").metadata() != bundle.metadata
+    assert {artifact.status for artifact in published.manifest.artifacts} == {"verified"}
+    for title in ("Accuracy on 360 digits", "Artifacts", "Parity with the float64 oracle: pass", "Latency and throughput", "Files", "Next"):
+        assert title in done.stdout
+    unexpected = [line for line in done.stderr.splitlines() if not line.startswith(("Epoch: ", "1/4 ", "2/4 ", "4/4 "))]
+    assert unexpected == []

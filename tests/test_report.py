@@ -1,0 +1,218 @@
+"""Tables are aligned, escaped and say what the records hold, also where a record holds nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lenet_deploy.models import MODELS
+from lenet_deploy.records import (
+    AccuracyRow,
+    Artifact,
+    BenchReport,
+    Environment,
+    Failure,
+    Measurement,
+    ParityReport,
+    ParityResult,
+    Prediction,
+    RuntimeStatus,
+)
+from lenet_deploy.report.table import Table, to_markdown, to_text
+from lenet_deploy.report.tables import (
+    accuracy_table,
+    artifact_table,
+    bench_table,
+    doctor_table,
+    environment_line,
+    layer_table,
+    parity_table,
+    prediction_table,
+)
+
+ENVIRONMENT = Environment("Linux", "3.11.7", "Some CPU", 2, 2, None, None, {"torch": "2.15.0", "onnxruntime-gpu": "1.31.1"}, None)
+FRUIT = Table(("fruit", "count", "note"), (("apple", "1,200", ""), ("fig", "-", "ripe"), ("pear", "7", "-")))
+
+
+def columns_of(table: Table) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(row[i] for row in table.rows) for i, name in enumerate(table.columns)}
+
+
+def test_text_pads_words_to_the_left_and_numbers_to_the_right() -> None:
+    assert to_text(FRUIT).splitlines() == [
+        "fruit  count  note",
+        "-----  -----  ----",
+        "apple  1,200",
+        "fig        -  ripe",
+        "pear       7  -",
+    ]
+
+
+def test_text_has_no_trailing_blanks_and_ends_without_a_newline() -> None:
+    text = to_text(FRUIT)
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert not text.endswith("\n")
+
+
+def test_text_of_a_table_without_rows_is_its_headings() -> None:
+    assert to_text(Table(("a", "bcd"), ())) == "a  bcd\n-  ---"
+
+
+def test_markdown_marks_columns_of_numbers() -> None:
+    assert to_markdown(FRUIT).splitlines() == [
+        "| fruit | count | note |",
+        "| --- | ---: | --- |",
+        "| apple | 1,200 |  |",
+        "| fig | - | ripe |",
+        "| pear | 7 | - |",
+    ]
+
+
+def test_markdown_escapes_what_would_end_a_cell() -> None:
+    lines = to_markdown(Table(("a",), (("x|y",), ("p\nq",)))).splitlines()
+    assert lines[2] == "| x\\|y |"
+    assert len(lines) == 4
+
+
+def test_a_line_break_in_a_cell_does_not_break_the_text_table() -> None:
+    assert len(to_text(Table(("a", "b"), (("p\nq", "1"),))).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("cells", "right"),
+    [
+        (("1", "2.5"), True),
+        (("-3", "+4"), True),
+        (("1.0 us", "2.0 ms"), True),
+        (("1.0 us - 2.0 us", "-"), True),
+        (("12/16", "100.00%"), True),
+        (("1", "one"), False),
+        (("-", "-"), False),
+        (("", ""), False),
+        (("6 x 28 x 28", "10"), False),
+    ],
+)
+def test_a_column_is_numeric_when_every_filled_cell_starts_as_a_number(cells: tuple[str, ...], right: bool) -> None:
+    rule = to_markdown(Table(("heading",), tuple((cell,) for cell in cells))).splitlines()[1]
+    assert rule == ("| ---: |" if right else "| --- |")
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_the_layer_table_has_input_layers_and_their_sums(model: object) -> None:
+    config = next(each for each in MODELS if each is model).defaults
+    layers = config.layers()
+    table = columns_of(layer_table((config.in_channels, config.image_size, config.image_size), layers))
+    assert table["layer"] == ("input", *(layer.name for layer in layers), "total")
+    assert table["output"][0] == f"{config.in_channels} x 32 x 32"
+    assert table["parameters"][-1] == f"{sum(layer.parameters for layer in layers):,}"
+    assert table["MACs"][-1] == f"{sum(layer.macs for layer in layers):,}"
+    assert table["weight bytes"][-1] == f"{sum(layer.parameter_bytes for layer in layers):,}"
+    assert table["output bytes"][-1] == f"{sum(layer.output_bytes for layer in layers):,}"
+
+
+def test_the_layer_table_has_a_dash_where_a_layer_has_no_window() -> None:
+    layers = MODELS[0].defaults.layers()
+    table = columns_of(layer_table((3, 32, 32), layers))
+    row = table["kind"].index("linear")
+    assert [table[name][row] for name in ("kernel", "stride", "padding")] == ["-", "-", "-"]
+    assert [table[name][1] for name in ("kernel", "stride", "padding")] == ["5", "1", "0"]
+
+
+def test_the_artifact_table_shortens_digests_and_groups_digits() -> None:
+    artifact = Artifact("onnx-fp32", "onnx", "model.onnx", "ab" * 32, 1234567, "unverified")
+    assert artifact_table((artifact,)).rows == (("onnx-fp32", "model.onnx", "1,234,567", "ab" * 6, "unverified"),)
+
+
+def passed(variant: str, error: float, used: float, agreement: float = 1.0) -> ParityResult:
+    return ParityResult(variant, "pass", None, "digits", 1, error, error / 2, used, agreement)
+
+
+def test_the_parity_table_shows_each_variant_once_at_its_worst() -> None:
+    results = (passed("a", 1e-6, 0.1), passed("a", 3e-6, 0.25, 0.5), passed("b", 2e-6, 0.05))
+    assert parity_table(ParityReport(results, (), ENVIRONMENT)).rows == (
+        ("a", "pass", "2/2", "3.00e-06", "0.25", "50.00%", ""),
+        ("b", "pass", "1/1", "2.00e-06", "0.05", "100.00%", ""),
+    )
+
+
+def test_the_parity_table_says_where_and_why_a_variant_failed() -> None:
+    bad = ParityResult("a", "fail", "image 0: too far", "normal", 3, 0.5, 0.25, 900.0, 0.0)
+    row = parity_table(ParityReport((passed("a", 1e-6, 0.1), bad), (), ENVIRONMENT)).rows[0]
+    assert row == ("a", "fail", "1/2", "5.00e-01", "900", "0.00%", "normal, batch 3: image 0: too far")
+
+
+def test_the_parity_table_shows_dashes_for_what_is_unknown() -> None:
+    results = (
+        ParityResult("nan", "fail", "1 of 10 outputs are NaN", "normal", 1),
+        ParityResult("unopened", "fail", "the artifact cannot be opened"),
+        ParityResult("away", "skipped", "no GPU"),
+    )
+    assert parity_table(ParityReport(results, (), ENVIRONMENT)).rows == (
+        ("nan", "fail", "0/1", "-", "-", "-", "normal, batch 1: 1 of 10 outputs are NaN"),
+        ("unopened", "fail", "0/1", "-", "-", "-", "the artifact cannot be opened"),
+        ("away", "skipped", "-", "-", "-", "-", "no GPU"),
+    )
+
+
+def measurement(times_s: tuple[float, ...]) -> Measurement:
+    return Measurement("eager/torch-cpu/fp32", "cpu", 8, "device", times_s, 1, 12345, 1.0, 40, 248000, None)
+
+
+def bench_row(times_s: tuple[float, ...]) -> dict[str, str]:
+    table = bench_table(BenchReport((measurement(times_s),), (Failure("other", "no GPU"),), ENVIRONMENT))
+    assert len(table.rows) == 1
+    return dict(zip(table.columns, table.rows[0], strict=True))
+
+
+def test_the_bench_table_shows_dashes_where_there_are_too_few_samples() -> None:
+    row = bench_row((0.001,) * 5)
+    assert (row["95 % interval"], row["p90"], row["p99"]) == ("-", "-", "-")
+    assert (row["batch"], row["scope"], row["images/s"], row["samples"], row["warnings"]) == ("8", "device", "12,345", "5", "")
+
+
+def test_the_bench_table_shows_intervals_percentiles_and_warnings_where_there_are_enough() -> None:
+    row = bench_row(tuple(i * 1e-5 for i in range(1, 701)))
+    assert row["median"] == "3.505 ms"
+    assert row["p90"] == "6.301 ms"
+    assert row["p99"] == "6.930 ms"
+    low, high = row["95 % interval"].split(" - ")
+    assert low.endswith(" ms")
+    assert float(low.split()[0]) < 3.505 < float(high.split()[0])
+    assert "noisy" in row["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(2.5e-7, "0.2 us"), (4.56e-5, "45.6 us"), (9.994e-4, "999.4 us"), (1e-3, "1.000 ms"), (0.25, "250.000 ms"), (2.0, "2,000.000 ms")],
+)
+def test_times_are_microseconds_below_a_millisecond_and_milliseconds_from_there(seconds: float, shown: str) -> None:
+    assert bench_row((seconds,))["median"] == shown
+
+
+def test_the_bench_table_joins_its_warnings() -> None:
+    assert bench_row((1.0, 1.0, 2.0, 3.0))["warnings"].startswith("noisy: interquartile range is ")
+
+
+def test_the_doctor_table_says_yes_or_no_and_the_fix() -> None:
+    statuses = (RuntimeStatus("eager-cpu", True, "2 threads"), RuntimeStatus("eager-cuda", False, "no GPU", "get one"))
+    assert doctor_table(statuses).rows == (("eager-cpu", "yes", "2 threads", ""), ("eager-cuda", "no", "no GPU", "get one"))
+
+
+def test_the_accuracy_table_has_percents_and_their_interval() -> None:
+    assert accuracy_table((AccuracyRow("v", 15, 148),)).rows == (("v", "10.14", "6.24 - 16.05", "148"),)
+
+
+def test_the_prediction_table_ranks_the_labels_of_each_image() -> None:
+    predictions = (Prediction("a.png", "v", (("3", 0.75), ("8", 0.2))), Prediction("b.png", "v", (("1", 1.0),)))
+    assert prediction_table(predictions).rows == (
+        ("a.png", "1", "3", "0.7500"),
+        ("a.png", "2", "8", "0.2000"),
+        ("b.png", "1", "1", "1.0000"),
+    )
+
+
+def test_the_environment_line_names_machine_and_versions() -> None:
+    assert environment_line(ENVIRONMENT) == "Some CPU, 2 cores, 2 threads; no GPU; Python 3.11.7; torch 2.15.0, onnxruntime-gpu 1.31.1"
+    bare = dataclasses.replace(ENVIRONMENT, threads=None, gpu="Some GPU", versions={"torch": "2.15.0"})
+    assert environment_line(bare) == "Some CPU, 2 cores; Some GPU; Python 3.11.7; torch 2.15.0"
