@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .options import Data, DataDir, Device, Download, Json, What
-from .output import emit
+from .output import emit, note_if_fresh
 
 
 def evaluate(
@@ -20,5 +20,6 @@ def evaluate(
     from lenet_deploy.report.tables import accuracy_table
     from lenet_deploy.store import evaluate_json
 
+    note_if_fresh(what)
     rows = api.evaluate(what, load_dataset(data, data_dir, download), device=device)
     emit(accuracy_table(rows), lambda: evaluate_json(rows, environment.capture()), json)

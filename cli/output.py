@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from lenet_deploy.models import MODELS
+
 if TYPE_CHECKING:
     from lenet_deploy.report.table import Table
 
@@ -46,6 +48,12 @@ def note(message: str, quiet: bool = False) -> None:
     """A line for the person at the terminal."""
     if not quiet:
         typer.echo(message, err=True)
+
+
+def note_if_fresh(what: str) -> None:
+    """Say so where WHAT is a model's name, whose weights are therefore untrained."""
+    if what in (model.name for model in MODELS):
+        note(f"{what}: freshly initialised from seed 0, not trained")
 
 
 @contextlib.contextmanager

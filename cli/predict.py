@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Device, Json, What
-from .output import emit
+from .output import emit, note_if_fresh
 
 
 def predict(
@@ -25,6 +25,7 @@ def predict(
     from lenet_deploy.report.tables import prediction_table
     from lenet_deploy.store import dump
 
+    note_if_fresh(what)
     predictions = api.predict(what, images, variant=variant, device=device, top=top, invert=invert)
     body = {"predictions": [dataclasses.asdict(prediction) for prediction in predictions]}
     emit(

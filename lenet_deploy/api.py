@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lenet_deploy import environment
-from lenet_deploy.errors import BadInput, GateFailed, Unusable
+from lenet_deploy.errors import BadInput, GateFailed, Unusable, first_line
 from lenet_deploy.evaluation import accuracies, evaluate, predict
 from lenet_deploy.records import (
     AccuracyRow,
@@ -133,7 +133,7 @@ def export(
             try:
                 exported = spec.exporter()(module, metadata, ExportOptions(opset))
             except Exception as error:  # exporters raise what they like; each is reported and takes no other with it
-                left_out.append(Failure(spec.name, str(error).strip().splitlines()[0] if str(error).strip() else repr(error)))
+                left_out.append(Failure(spec.name, first_line(error)))
                 continue
             artifacts.append(write_artifact(staging, spec.name, spec.format, spec.path, exported.data, exported.details))
         if len(artifacts) == 1:
@@ -224,7 +224,8 @@ def benchmark(
 
     plan = find_profile(profile)
     sizes = _batch_sizes(batch_sizes or plan.batch_sizes)
-    for scope in scopes:
+    scopes = tuple(dict.fromkeys(scopes))
+    for scope in scopes or ("",):
         if scope not in SCOPES:
             raise BadInput(f"unknown scope {scope!r}; use {' or '.join(SCOPES)}")
     if rounds is not None:

@@ -30,10 +30,11 @@ def staging_folder(target: Path) -> Iterator[Path]:
         CannotWrite: the system refused.
     """
     make_folder(target.parent)
-    prefix = f".{target.name}.staging-"
+    prefix = f".{target.name}.staging-"  # compared as text: a name may hold what a glob would interpret
     try:
-        for stale in target.parent.glob(f"{prefix}*"):
-            _remove_if_abandoned(stale)
+        for stale in target.parent.iterdir():
+            if stale.name.startswith(prefix):
+                _remove_if_abandoned(stale)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
         handle = os.open(staging, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -10,7 +10,7 @@ from typing import Any
 from lenet_deploy.checkpoint import metadata_from_json
 from lenet_deploy.errors import BadInput, DamagedFile
 from lenet_deploy.records import Artifact, ArtifactMetadata, Environment, Manifest
-from lenet_deploy.store import manifest_json, parse, read_file, sha256, write_file
+from lenet_deploy.store import cannot_write, digest, manifest_json, parse, read_file, sha256, write_file
 
 MANIFEST = "manifest.json"
 STATUSES = ("verified", "unverified")
@@ -40,12 +40,13 @@ class Bundle:
             DamagedFile: its size or digest is not the manifest's.
         """
         path = self.path / artifact.path
-        if path.is_symlink() and not path.resolve().is_relative_to(self.path.resolve()):
-            raise DamagedFile(f"{path}: a link that leaves the bundle; copy the file into it")
         try:
+            inside = path.resolve().is_relative_to(self.path.resolve())
             size = path.stat().st_size
-        except OSError:
-            size = artifact.size_bytes  # read_file has the words for it
+        except (OSError, ValueError):
+            inside, size = True, artifact.size_bytes  # read_file has the words for it
+        if not inside:
+            raise DamagedFile(f"{path}: a link that leaves the bundle; copy the file into it")
         data = read_file(path, "an artifact") if size == artifact.size_bytes else b""
         if size != artifact.size_bytes or sha256(data) != artifact.sha256:
             raise DamagedFile(f"{path}: its sha256 is not the one in {MANIFEST}; the file was altered, export the bundle again")
@@ -63,6 +64,8 @@ def open_bundle(path: Path) -> Bundle:
         raise BadInput(f"{path}: not a bundle, it has no {MANIFEST}; make one with lenet-deploy export")
     where = path / MANIFEST
     document = parse(read_file(where, "a bundle's manifest"), "manifest", 1, where)
+    if document.pop("digest", None) != digest(document):
+        raise DamagedFile(f"{where}: its digest does not match its content; the file was altered, export the bundle again")
     try:
         manifest = _manifest(document, where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -89,8 +92,11 @@ def check_target(target: Path, force: bool) -> bool:
     """
     if target.is_symlink():
         raise BadInput(f"{target}: a symbolic link; name the folder it points to")
-    if not target.exists():
-        return False
+    try:
+        if not target.exists():
+            return False
+    except OSError as error:  # a name that is too long, say
+        raise cannot_write(target, error) from error
     if not target.is_dir():
         raise BadInput(f"{target}: a file, where the bundle's folder is to be; choose another --out")
     if not any(target.iterdir()):
@@ -117,7 +123,8 @@ def _manifest(document: dict[str, Any], where: Path) -> Manifest:
 def _artifact(entry: dict[str, Any], where: Path) -> Artifact:
     artifact = Artifact(**entry)
     texts = (artifact.name, artifact.format, artifact.path, artifact.sha256, artifact.status)
-    if not all(isinstance(text, str) for text in texts) or type(artifact.size_bytes) is not int:
+    mappings = isinstance(artifact.details, dict) and isinstance(artifact.accuracy, dict)
+    if not (mappings and all(isinstance(text, str) for text in texts) and type(artifact.size_bytes) is int):
         raise DamagedFile(f"{where}: an artifact's entry has the wrong types")
     path = PurePosixPath(artifact.path)
     if path.is_absolute() or ".." in path.parts or "\\" in artifact.path or "\0" in artifact.path or not path.parts:

@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +21,11 @@ import torch
 from torch import nn
 
 from lenet_deploy.data import make_preprocessing
-from lenet_deploy.errors import BadInput, DamagedFile, InvalidConfig, LenetDeployError
+from lenet_deploy.errors import BadInput, DamagedFile, InvalidConfig, LenetDeployError, first_line
 from lenet_deploy.models import MODELS, Model, find_model, initialise
 from lenet_deploy.models.config import ModelConfig
 from lenet_deploy.records import ArtifactMetadata, Preprocessing
-from lenet_deploy.store import read_file
+from lenet_deploy.store import digest, read_file
 
 METADATA_KEY = "lenet_deploy"
 SCHEMA = "lenet-deploy/checkpoint/1"
@@ -77,12 +79,12 @@ def fresh(model: Model, settings: Mapping[str, str], seed: int) -> Checkpoint:
 
 def weights_sha256(weights: Mapping[str, torch.Tensor]) -> str:
     """Digest of names, dtypes, shapes and bytes, independent of the order and of the file format."""
-    digest = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def to_bytes(checkpoint: Checkpoint) -> bytes:
@@ -92,7 +94,7 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
         **dataclasses.asdict(checkpoint.metadata()),
         "provenance": dict(checkpoint.provenance),
     }
-    text = json.dumps({**body, "digest": _digest(body)}, sort_keys=True)
+    text = json.dumps({**body, "digest": digest(body)}, sort_keys=True)
     return safetensors.torch.save(dict(checkpoint.weights), metadata={METADATA_KEY: text})
 
 
@@ -120,7 +122,10 @@ def from_bytes(data: bytes, where: str, model: str | None = None, settings: Mapp
         weights = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DamagedFile(f"{where}: not a readable safetensors file ({error}); it is truncated, altered or of another kind") from None
-    text = _header_metadata(data).get(METADATA_KEY)
+    metadata = _header_metadata(data)
+    text = metadata.get(METADATA_KEY)
+    if text is None and any(SCHEMA in value for value in metadata.values()):
+        raise DamagedFile(f"{where}: a checkpoint whose metadata has lost its name; the file was altered, get a fresh copy")
     if text is None:
         return _adopt(weights, where, model, settings or {})
     if settings or model:
@@ -143,13 +148,14 @@ def metadata_from_json(values: Mapping[str, Any], where: str) -> ArtifactMetadat
             values["model"], values["config"], preprocessing, tuple(map(str, values["labels"])), values["weights_sha256"]
         )
         config = find_model(metadata.model).config_from(metadata.config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DamagedFile(f"{where}: its metadata is incomplete ({error!r})") from None
     except LenetDeployError as error:
         raise DamagedFile(f"{where}: its metadata names a model that cannot be built: {error}") from None
     fits = preprocessing.input_shape == (config.in_channels, config.image_size, config.image_size)
     per_channel = len(preprocessing.mean) == len(preprocessing.std) == preprocessing.channels
-    if not (fits and per_channel and 0 not in preprocessing.std and len(metadata.labels) == config.classes):
+    finite = all(map(math.isfinite, (*preprocessing.mean, *preprocessing.std))) and 0 not in preprocessing.std
+    if not (fits and per_channel and finite and len(metadata.labels) == config.classes):
         raise DamagedFile(f"{where}: its preprocessing or labels do not fit its model's config")
     return metadata
 
@@ -158,12 +164,12 @@ def _decode(text: str, weights: dict[str, torch.Tensor], where: str) -> Checkpoi
     try:
         body = json.loads(text)
         schema = body["schema"]
-        digest = body.pop("digest")
+        claimed = body.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DamagedFile(f"{where}: its metadata is not that of a checkpoint") from None
     if schema != SCHEMA:
         raise DamagedFile(f"{where}: schema is {schema!r}, this version reads {SCHEMA!r}")
-    if _digest(body) != digest or weights_sha256(weights) != body.get("weights_sha256"):
+    if digest(body) != claimed or weights_sha256(weights) != body.get("weights_sha256"):
         raise DamagedFile(f"{where}: its digest does not match its content; the file was altered, get a fresh copy")
     metadata = metadata_from_json(body, where)
     model = find_model(metadata.model)
@@ -213,14 +219,16 @@ def _check_fit(weights: Mapping[str, torch.Tensor], model: Model, config: ModelC
 
 def _state_dict(data: bytes, where: str) -> dict[str, torch.Tensor]:
     try:
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of unusual pickle protocols, which it then refuses or reads
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DamagedFile(
             f"{where}: it holds more than plain tensors, and reading it would run code; "
             "where you trust its origin, save model.state_dict() there and load that"
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, OSError, AssertionError) as error:
-        raise DamagedFile(f"{where}: not a readable state_dict ({str(error).splitlines()[0]}); it is truncated or altered") from None
+    except Exception as error:  # damaged bytes make the restricted unpickler fail in every way there is
+        raise DamagedFile(f"{where}: not a readable state_dict ({first_line(error)}); it is truncated or altered") from None
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()) or not loaded:
         raise DamagedFile(f"{where}: not a state_dict (tensors by name); save model.state_dict()")
     return {str(name): tensor for name, tensor in loaded.items()}
@@ -250,10 +258,6 @@ def _header_metadata(data: bytes) -> dict[str, str]:
     header = json.loads(data[8 : 8 + length])  # safetensors has parsed it already, so it is well-formed
     metadata: dict[str, str] = header.get("__metadata__") or {}
     return metadata
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lenet_deploy.errors import BadInput, Unusable
+from lenet_deploy.errors import BadInput, Unusable, first_line
 from lenet_deploy.records import RuntimeStatus
 
 
@@ -45,7 +45,7 @@ def probe_torch(name: str, device: str) -> RuntimeStatus:
     try:
         torch.ones(2, device=device).sum().item()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return RuntimeStatus(name, False, f"torch fails on {device}: {reason}", "install the torch build for this GPU and driver")
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     return RuntimeStatus(name, True, f"torch {torch.__version__}, {where}")

@@ -54,3 +54,8 @@ class Unusable(LenetDeployError):
 
 class CannotWrite(LenetDeployError):
     """Writing failed; what was there before is still there."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of our own; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -73,6 +73,8 @@ def predict(
     from lenet_deploy.data import load_image, normalise
     from lenet_deploy.parity.check import run_batch
 
+    if not images:
+        raise BadInput("no images; name at least one PNG or JPEG file")
     if top < 1:
         raise BadInput(f"top is {top}; it must be at least 1")
     source = open_source(what)

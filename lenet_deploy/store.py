@@ -91,6 +91,11 @@ def dump(kind: str, version: int, environment: Environment, body: Mapping[str, A
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
+def digest(document: Mapping[str, Any]) -> str:
+    """Hex digest of JSON values, whatever their layout in a file."""
+    return sha256(json.dumps(document, sort_keys=True).encode())
+
+
 def parse(text: bytes, kind: str, version: int, where: Path) -> dict[str, Any]:
     """The document behind `text`, its schema checked.
 
@@ -155,7 +160,8 @@ def manifest_json(manifest: Manifest) -> str:
         "versions": dict(manifest.versions),
         "artifacts": [dataclasses.asdict(artifact) for artifact in manifest.artifacts],
     }
-    return dump("manifest", 1, manifest.environment, body)
+    document = json.loads(dump("manifest", 1, manifest.environment, body))
+    return json.dumps({**document, "digest": digest(document)}, indent=2) + "\n"
 
 
 def _measurement(measurement: Measurement) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.errors import BadInput, DamagedFile
 from lenet_deploy.exporters import ExportOptions
 from lenet_deploy.records import Artifact
-from lenet_deploy.store import sha256
+from lenet_deploy.store import digest, sha256
 from lenet_deploy.variants import ARTIFACTS, CHECKPOINT, ONNX, TRACE, VARIANTS, ArtifactSpec
 
 NAMES = [spec.name for spec in ARTIFACTS]
@@ -75,6 +75,8 @@ def edit(bundle: Bundle, change: Callable[[dict[str, Any]], object]) -> Path:
     """Change the manifest's JSON by hand; returns the bundle's folder."""
     document = json.loads((bundle.path / MANIFEST).read_text())
     change(document)
+    document.pop("digest")
+    document["digest"] = digest(document)  # as a careful forger would
     (bundle.path / MANIFEST).write_text(json.dumps(document))
     return bundle.path
 

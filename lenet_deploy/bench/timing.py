@@ -61,7 +61,7 @@ def calibrate(launch: Callable[[], object], limit_s: float, overhead_s: float, c
         times.append(time_block(launch, 1, clock))
         if clock() - start > limit_s:
             break
-    launch_s = median(times[-MIN_WARMUP_LAUNCHES:])
+    launch_s = max(0.0, median(times[-MIN_WARMUP_LAUNCHES:]) - overhead_s)  # each was timed alone, with one reading of the clock
     launches = max(1, -(-overhead_s // (MAX_TIMER_SHARE * launch_s))) if launch_s > 0 else 1
     return Calibration(int(launches), len(times), launch_s)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lenet_deploy.errors import DamagedFile
+from lenet_deploy.errors import DamagedFile, first_line
 from lenet_deploy.exporters import EXAMPLE_BATCH, METADATA_KEY, Exported, ExportOptions
 from lenet_deploy.quiet import quiet_torchscript
 from lenet_deploy.records import ArtifactMetadata
@@ -43,7 +43,7 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
             torch.jit.load(io.BytesIO(data), _extra_files=files)
         values = json.loads(files[EXTRA_FILE] or "null")
     except (RuntimeError, ValueError) as error:
-        raise DamagedFile(f"{where}: not a readable TorchScript archive ({str(error).splitlines()[0]})") from None
+        raise DamagedFile(f"{where}: not a readable TorchScript archive ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise DamagedFile(f"{where}: it carries no lenet-deploy metadata; export it with lenet-deploy")
     return values

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lenet_deploy.devices import synchronise
-from lenet_deploy.errors import DamagedFile, Unusable
+from lenet_deploy.errors import DamagedFile, Unusable, first_line
 from lenet_deploy.parity.inputs import InputSet
 from lenet_deploy.parity.judge import Judgement, judge
 from lenet_deploy.records import ParityResult
@@ -73,5 +73,5 @@ def _verdict(session: Session, inputs: InputSet, size: int, precision: str) -> J
     try:
         output = run_batch(session, inputs.images[:size])
     except Exception as error:  # whatever a runtime raises for a graph that does not take this batch
-        return Judgement(False, f"it does not run at batch {size}: {str(error).splitlines()[0]}")
+        return Judgement(False, f"it does not run at batch {size}: {first_line(error)}")
     return judge(output, inputs.oracle[:size], precision)

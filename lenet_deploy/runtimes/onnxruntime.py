@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lenet_deploy.devices import computing_on, parse_device, probe_torch
-from lenet_deploy.errors import DamagedFile, Unusable
+from lenet_deploy.errors import DamagedFile, Unusable, first_line
 from lenet_deploy.quiet import captured_stderr
 from lenet_deploy.records import NodePlacement, RuntimeStatus
 
@@ -126,7 +126,7 @@ def _create(data: bytes, device: torch.device) -> Any:
         try:
             session = onnxruntime.InferenceSession(data, options, providers=[(wanted, provider_options)])
         except Exception as error:  # ORT's exceptions share no base class of their own
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if device.type == "cpu":
                 raise DamagedFile(f"not an ONNX file that this onnxruntime runs ({reason})") from None
             raise Unusable(f"{wanted} cannot run this graph whole: {cause(said()) or reason}; see lenet-deploy doctor") from None

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from lenet_deploy.devices import parse_device, probe_torch
-from lenet_deploy.errors import DamagedFile
+from lenet_deploy.errors import DamagedFile, first_line
 from lenet_deploy.quiet import quiet_torchscript
 from lenet_deploy.records import RuntimeStatus
 from lenet_deploy.runtimes.eager import ModuleSession
@@ -28,5 +28,5 @@ def open_session(data: bytes, input_shape: tuple[int, int, int], device: str) ->
         with quiet_torchscript():
             module = torch.jit.load(io.BytesIO(data), map_location=target)
     except (RuntimeError, ValueError, EOFError) as error:
-        raise DamagedFile(f"not a readable TorchScript archive ({str(error).splitlines()[0]})") from None
+        raise DamagedFile(f"not a readable TorchScript archive ({first_line(error)})") from None
     yield ModuleSession(module, input_shape, target)
