@@ -1,4 +1,4 @@
-"""How long `lenet-deploy COMMAND --help` takes, beside Python alone, in turn in one run: python benchmarks/startup.py [RUNS]
+"""How long `lenet-deploy COMMAND --help` takes, beside Python alone, in turn in one run: python benchmarks/startup.py [RUNS].
 
 Prints a Markdown table: median and worst wall seconds of whole processes, and the ratio to `python -c pass`.
 """

@@ -123,7 +123,7 @@ def export(
     replaces = check_target(target, force)
     source = what if isinstance(what, Checkpoint) else load(what)
     images = dataset or parity_dataset(source)
-    metadata, module = source.metadata(), source.module()
+    metadata = source.metadata()
     left_out: list[Failure] = []
     with staging_folder(target) as staging:
         artifacts = [write_artifact(staging, CHECKPOINT.name, CHECKPOINT.format, CHECKPOINT.path, checkpoints.to_bytes(source))]
@@ -131,7 +131,7 @@ def export(
             progress(number, len(specs) + 1, f"export {spec.name}")
             assert spec.exporter is not None
             try:
-                exported = spec.exporter()(module, metadata, ExportOptions(opset))
+                exported = spec.exporter()(source.module(), metadata, ExportOptions(opset))
             except Exception as error:  # exporters raise what they like; each is reported and takes no other with it
                 left_out.append(Failure(spec.name, first_line(error)))
                 continue

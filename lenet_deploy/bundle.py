@@ -90,9 +90,9 @@ def check_target(target: Path, force: bool) -> bool:
     Raises:
         BadInput: something stands there that is no bundle, or a bundle and `force` is false.
     """
-    if target.is_symlink():
-        raise BadInput(f"{target}: a symbolic link; name the folder it points to")
     try:
+        if target.is_symlink():
+            raise BadInput(f"{target}: a symbolic link; name the folder it points to")
         if not target.exists():
             return False
     except OSError as error:  # a name that is too long, say

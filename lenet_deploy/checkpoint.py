@@ -25,7 +25,7 @@ from lenet_deploy.errors import BadInput, DamagedFile, InvalidConfig, LenetDeplo
 from lenet_deploy.models import MODELS, Model, find_model, initialise
 from lenet_deploy.models.config import ModelConfig
 from lenet_deploy.records import ArtifactMetadata, Preprocessing
-from lenet_deploy.store import digest, read_file
+from lenet_deploy.store import check_zip, digest, read_file
 
 METADATA_KEY = "lenet_deploy"
 SCHEMA = "lenet-deploy/checkpoint/1"
@@ -116,6 +116,8 @@ def from_bytes(data: bytes, where: str, model: str | None = None, settings: Mapp
     """As `load`, from bytes already read; `where` names them in messages."""
     if not data:
         raise DamagedFile(f"{where}: the file is empty")
+    if is_torchscript(data):
+        raise DamagedFile(f"{where}: a TorchScript archive, not a checkpoint; predict, evaluate and inspect take it, export needs weights")
     if _is_pickle(data):
         return _adopt(_state_dict(data, where), where, model, settings or {})
     try:
@@ -171,11 +173,14 @@ def _decode(text: str, weights: dict[str, torch.Tensor], where: str) -> Checkpoi
         raise DamagedFile(f"{where}: schema is {schema!r}, this version reads {SCHEMA!r}")
     if digest(body) != claimed or weights_sha256(weights) != body.get("weights_sha256"):
         raise DamagedFile(f"{where}: its digest does not match its content; the file was altered, get a fresh copy")
+    provenance = body.get("provenance")
+    if not isinstance(provenance, dict):
+        raise DamagedFile(f"{where}: its provenance is not a table of values")
     metadata = metadata_from_json(body, where)
     model = find_model(metadata.model)
     config = model.config_from(metadata.config)
     _check_fit(weights, model, config, where)
-    return Checkpoint(metadata.model, config, metadata.preprocessing, metadata.labels, body.get("provenance", {}), weights)
+    return Checkpoint(metadata.model, config, metadata.preprocessing, metadata.labels, provenance, weights)
 
 
 def _adopt(weights: dict[str, torch.Tensor], where: str, name: str | None, settings: Mapping[str, str]) -> Checkpoint:
@@ -218,6 +223,8 @@ def _check_fit(weights: Mapping[str, torch.Tensor], model: Model, config: ModelC
 
 
 def _state_dict(data: bytes, where: str) -> dict[str, torch.Tensor]:
+    if data[:2] == b"PK":
+        check_zip(data, where)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of unusual pickle protocols, which it then refuses or reads

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, first_line
 from lenet_deploy.records import Preprocessing
-from lenet_deploy.store import read_file
+from lenet_deploy.store import check_zip, read_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,6 +85,7 @@ def load_npz(data: bytes, name: str, labels: tuple[str, ...] | None = None) -> D
     """
     import numpy as np
 
+    check_zip(data, name)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
@@ -174,14 +174,13 @@ def load_image(path: Path, preprocessing: Preprocessing, invert: bool = False) -
     data = read_file(path, "a PNG or JPEG image")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data, which does not concern the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
             image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, zlib.error, Image.DecompressionBombError) as error:
-        raise DamagedFile(f"{path}: not a readable PNG or JPEG ({error})") from None
-    except Image.DecompressionBombWarning as error:
-        raise DamagedFile(f"{path}: too many pixels ({error})") from None
-    image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:  # damaged bytes make Pillow's decoders fail in every way there is
+        raise DamagedFile(f"{path}: not a readable PNG or JPEG ({first_line(error)})") from None
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -211,13 +210,13 @@ def _fashion(data_dir: Path | None, download: bool) -> Dataset:
 def _idx(name: str, kind: Any, labels: tuple[str, ...], data_dir: Path | None, download: bool) -> Dataset:
     """MNIST or Fashion-MNIST; torchvision unpacks the four `.gz` files itself where they lie already."""
     root = data_dir or Path("data")
+    from torchvision.datasets.utils import check_integrity
+
     raw = root / kind.__name__ / "raw"
-    packed = all((raw / f"{part}-ubyte.gz").is_file() for part in _IDX_PARTS)
+    # Whole by their checksums, so that torchvision unpacks them and fetches nothing.
+    packed = all(check_integrity(raw / Path(url).name, md5) for url, md5 in kind.resources)
     train, test = _both_splits(kind, name, root, raw, download or packed)
     return Dataset(name, labels, train.data[:, None], train.targets.long(), test.data[:, None], test.targets.long())
-
-
-_IDX_PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
 
 def _cifar10(data_dir: Path | None, download: bool) -> Dataset:
@@ -238,7 +237,7 @@ def _vision(name: str) -> Any:
 def _both_splits(kind: Any, name: str, root: Path, place: Path, download: bool) -> tuple[Any, Any]:
     try:
         return kind(root, train=True, download=download), kind(root, train=False, download=download)
-    except (RuntimeError, OSError, ValueError, EOFError, zlib.error) as error:
+    except Exception as error:  # damaged files make torchvision's readers fail in every way there is, assertions among them
         raise BadInput(
             f"{name}: its files were looked for in {place} and not found whole ({first_line(error)}); "
             f"put them there (--data-dir names the folder above), or add --download"
@@ -255,6 +254,8 @@ DATASETS: tuple[DataSource, ...] = (
 
 def _checked(name: str, split: str, arrays: dict[str, np.ndarray[Any, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    if isinstance(images, bytes) or isinstance(labels, bytes):
+        raise DamagedFile(f"{name}: its members are no numpy arrays; write it with numpy.savez")
     shape_fits = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
     if images.dtype != "uint8" or not shape_fits or not images.size:
         raise DamagedFile(

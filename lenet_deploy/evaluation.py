@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lenet_deploy.errors import BadInput, Unusable
+from lenet_deploy.errors import BadInput, DamagedFile, Unusable, first_line
 from lenet_deploy.records import AccuracyRow, Failure, Prediction, Preprocessing
 from lenet_deploy.sources import Source, computing, on_device, open_session, open_source
 from lenet_deploy.variants import Variant, select_variants
@@ -15,21 +15,20 @@ if TYPE_CHECKING:
     import torch
 
     from lenet_deploy.data import Dataset
+    from lenet_deploy.runtimes import Session
 
 
 def accuracies(
     source: Source, variants: Iterable[Variant], dataset: Dataset, device: str = "auto"
 ) -> tuple[tuple[AccuracyRow, ...], tuple[Failure, ...]]:
     """Top-1 accuracy on `dataset`'s test split of each variant that runs here, and why the others do not."""
-    from lenet_deploy.parity.check import run_batch
-
     batches = _test_batches(dataset, source.metadata.preprocessing)
     rows, skipped = [], []
     with computing(device):
         for variant in variants:
             try:
                 with open_session(source, variant, device) as session:
-                    hits = [run_batch(session, images).argmax(dim=1) == labels for images, labels in batches]
+                    hits = [_scores(source, session, images).argmax(dim=1) == labels for images, labels in batches]
             except Unusable as error:
                 skipped.append(Failure(variant.name, str(error)))
                 continue
@@ -71,7 +70,6 @@ def predict(
     import torch
 
     from lenet_deploy.data import load_image, normalise
-    from lenet_deploy.parity.check import run_batch
 
     if not images:
         raise BadInput("no images; name at least one PNG or JPEG file")
@@ -86,7 +84,7 @@ def predict(
         for candidate in candidates:
             try:
                 with open_session(source, candidate, device) as session:
-                    shares = run_batch(session, normalise(pixels, spec)).softmax(dim=1)
+                    shares = _scores(source, session, normalise(pixels, spec)).softmax(dim=1)
             except Unusable as error:
                 reasons.append(f"{candidate.name}: {error}")
                 continue
@@ -96,6 +94,20 @@ def predict(
                 for path, row, values in zip(images, ranked.indices.tolist(), ranked.values.tolist(), strict=True)
             )
     raise Unusable("; ".join(reasons))
+
+
+def _scores(source: Source, session: Session, images: torch.Tensor) -> torch.Tensor:
+    """Scores (N, classes) of images (N, C, H, W); raises DamagedFile where the artifact does not run or has other scores than labels."""
+    from lenet_deploy.parity.check import run_batch
+
+    try:
+        scores = run_batch(session, images)
+    except Exception as error:  # whatever a runtime raises for a graph that does not take this batch
+        raise DamagedFile(f"{source.described}: it does not run on its own kind of image: {first_line(error)}") from None
+    wanted = (len(images), len(source.metadata.labels))
+    if scores.shape != wanted:
+        raise DamagedFile(f"{source.described}: its scores have shape {tuple(scores.shape)} where its labels ask for {wanted}")
+    return scores
 
 
 def _test_batches(dataset: Dataset, preprocessing: Preprocessing) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lenet_deploy.errors import BadInput, DamagedFile
+from lenet_deploy.errors import BadInput, DamagedFile, first_line
 from lenet_deploy.models import MODELS, find_model
 from lenet_deploy.records import Artifact, ArtifactMetadata
 from lenet_deploy.variants import CHECKPOINT, DEVICES, VARIANTS, Variant, select_variants
@@ -53,7 +53,7 @@ def load(what: str | Path, *, model: str | None = None, settings: Mapping[str, s
 
     if str(what) in (entry.name for entry in MODELS):
         return checkpoint.fresh(find_model(str(what)), settings or {}, seed)
-    path = Path(what)
+    path = _path(what)
     if path.is_dir():
         if settings or model:
             raise BadInput(f"{path}: a bundle carries its own model and config; leave out --model and --set")
@@ -74,7 +74,11 @@ def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, 
     from lenet_deploy.bundle import MANIFEST, open_bundle
     from lenet_deploy.store import read_file
 
-    path = Path(what)
+    if str(what) in (entry.name for entry in MODELS):
+        return _checkpoint_source(what, load(what, settings=settings, seed=seed))
+    path = _path(what)
+    if settings and path.exists():
+        raise BadInput(f"{path}: it carries its own model and config, so --set has nothing to change")
     if path.is_dir():
         return bundle_source(open_bundle(path))
     if path.is_file() and (path.parent / MANIFEST).is_file():
@@ -87,13 +91,7 @@ def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, 
         kind = _artifact_kind(path, data)
         if kind is not None:
             return _bare_source(path, data, kind)
-    from lenet_deploy import checkpoint
-
-    loaded = load(what, settings=settings, seed=seed)
-    data = checkpoint.to_bytes(loaded)
-    runs = tuple(variant for variant in VARIANTS if variant.artifact is CHECKPOINT)
-    source = loaded.provenance.get("source", "checkpoint")
-    return Source(f"{what} ({source})", loaded.metadata(), runs, lambda variant: data)
+    return _checkpoint_source(what, load(what))
 
 
 def parity_dataset(checkpoint: Checkpoint, data_dir: Path | None = None) -> Dataset:
@@ -138,6 +136,23 @@ def bundle_source(bundle: Bundle, only: Artifact | None = None) -> Source:
     runs = tuple(variant for variant in VARIANTS if variant.artifact.name in held)
     where = f"{bundle.path / only.path}" if only else f"{bundle.path} (bundle)"
     return Source(where, bundle.metadata, runs, lambda variant: bundle.read(artifact_of(bundle, variant)))
+
+
+def _path(what: str | Path) -> Path:
+    """WHAT as a path that the system can at least be asked about; raises BadInput."""
+    try:
+        Path(what).exists()
+    except (OSError, ValueError) as error:  # too long, or characters that no file name has
+        raise BadInput(f"{str(what)[:80]!r} names no file ({first_line(error)})") from None
+    return Path(what)
+
+
+def _checkpoint_source(what: str | Path, loaded: Checkpoint) -> Source:
+    from lenet_deploy import checkpoint
+
+    data = checkpoint.to_bytes(loaded)
+    runs = tuple(variant for variant in VARIANTS if variant.artifact is CHECKPOINT)
+    return Source(f"{what} ({loaded.provenance.get('source', 'checkpoint')})", loaded.metadata(), runs, lambda variant: data)
 
 
 def _artifact_kind(path: Path, data: bytes) -> str | None:

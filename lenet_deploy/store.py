@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile
+from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, first_line
 from lenet_deploy.records import (
     AccuracyRow,
     BenchReport,
@@ -45,6 +47,21 @@ def read_file(path: Path, what: str) -> bytes:
         raise BadInput(f"{path}: cannot be read ({_reason(error)}); check the path and its permissions") from error
 
 
+def check_zip(data: bytes, where: str) -> None:
+    """Compare every member of a zip archive with its checksum, which numpy and torch leave unread.
+
+    Raises:
+        DamagedFile: a member is altered, or it is no zip archive.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            altered = archive.testzip()
+    except Exception as error:  # damaged bytes make zipfile and zlib fail in every way there is
+        raise DamagedFile(f"{where}: not a readable archive ({first_line(error)}); it is truncated, altered or of another kind") from None
+    if altered is not None:
+        raise DamagedFile(f"{where}: {altered} does not match its checksum; the file was altered, get a fresh copy")
+
+
 def make_folder(path: Path) -> None:
     """Create a folder and its parents.
 
@@ -62,8 +79,14 @@ def write_file(path: Path, data: bytes) -> None:
 
     Raises:
         CannotWrite: the system refused; `path` is as it was.
+
+    A link stays and its target is replaced; a pipe or device is written to.
     """
     try:
+        path = path.resolve()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+            return
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise cannot_write(path, error) from error

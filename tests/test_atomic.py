@@ -22,7 +22,7 @@ from lenet_deploy.errors import BadInput, CannotWrite
 from lenet_deploy.sources import bundle_checkpoint, load
 from lenet_deploy.store import write_file
 
-KILLS = 14
+KILLS = 12
 
 # Publishes under an audit hook that kills the process at its N-th file system call, for every N; reports each end as JSON.
 KILLED_AT_EVERY_STEP = """

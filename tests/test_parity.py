@@ -251,7 +251,7 @@ def rebuilt(bundle: Bundle, folder: Path, spec: ArtifactSpec, data: bytes) -> Bu
 def parity_of(bundle: Bundle, folder: Path, spec: ArtifactSpec, data: bytes) -> ParityReport:
     """Parity of the CPU variants of one artifact after its bytes were replaced."""
     globs = [variant.name for variant in VARIANTS if variant.artifact is spec and variant.device == "cpu"]
-    return api.check_parity(rebuilt(bundle, folder, spec, data), variants=globs)
+    return api.check_parity(rebuilt(bundle, folder, spec, data), variants=globs, batch_sizes=(1, 2, 3))
 
 
 def nothing(module: nn.Module) -> nn.Module:
@@ -369,7 +369,7 @@ def test_a_frozen_batch_dimension_fails_at_every_other_batch_size(bundle: Bundle
     model = onnx.load_from_string(faulty(ONNX, checkpoint, nothing))
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     report = parity_of(bundle, tmp_path / "rebuilt", ONNX, model.SerializeToString())
-    assert {result.batch_size: result.status for result in report.results} == {1: "fail", 2: "pass", 3: "fail", 64: "fail"}
+    assert {result.batch_size: result.status for result in report.results} == {1: "fail", 2: "pass", 3: "fail"}
     assert all(f"batch {r.batch_size}" in (r.reason or "") for r in report.results if r.status == "fail")
     assert report.verdict == "fail"
 

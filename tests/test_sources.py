@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from lenet_deploy import api, data
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.checkpoint import Checkpoint, to_bytes
 from lenet_deploy.errors import BadInput, DamagedFile, InvalidConfig, UnknownName
+from lenet_deploy.exporters import METADATA_KEY, ExportOptions
+from lenet_deploy.exporters.torchscript import export_trace
 from lenet_deploy.models import MODELS
+from lenet_deploy.records import ArtifactMetadata
 from lenet_deploy.sources import load, on_device, open_source, parity_dataset
 from lenet_deploy.variants import ARTIFACTS, CHECKPOINT, ONNX, SCRIPT, TRACE, VARIANTS, ArtifactSpec
 
@@ -175,6 +179,38 @@ def test_a_flipped_bit_in_a_bare_torchscript_archive_is_damaged(spec: ArtifactSp
         whole[position] ^= 4
         with pytest.raises(DamagedFile):
             api.predict(path, [image])
+
+
+def foreign_graph(path: Path, metadata: ArtifactMetadata, operator: str, **attributes: int) -> Path:
+    """An ONNX file with one operator that carries a real model's metadata."""
+    from onnx import TensorProto, helper
+
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 28, 28])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])
+    graph = helper.make_graph([helper.make_node(operator, ["image"], ["logits"], **attributes)], "g", [image], [logits])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    helper.set_model_props(model, {METADATA_KEY: json.dumps(dataclasses.asdict(metadata))})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("operator", ["Relu", "Flatten"])
+def test_a_bare_artifact_whose_scores_do_not_fit_its_labels_is_damaged(
+    operator: str, bundle: Bundle, image: Path, tmp_path: Path, digits: data.Dataset
+) -> None:
+    path = foreign_graph(tmp_path / "odd.onnx", bundle.metadata, operator)
+    with pytest.raises(DamagedFile, match="odd"):
+        api.predict(path, [image], device="cpu")
+    with pytest.raises(DamagedFile, match="odd"):
+        api.evaluate(path, digits, device="cpu")
+
+
+def test_an_artifact_of_more_scores_than_labels_is_damaged(bundle: Bundle, image: Path, tmp_path: Path) -> None:
+    wide = load("lenet5", settings={"in_channels": "1", "image_size": "28", "padding": "2", "classes": "300"}, seed=3)
+    path = tmp_path / "odd.pt"
+    path.write_bytes(export_trace(wide.module(), bundle.metadata, ExportOptions()).data)
+    with pytest.raises(DamagedFile, match="odd"):
+        api.predict(path, [image], device="cpu")
 
 
 def test_settings_for_what_carries_its_own_config_are_refused(bundle: Bundle, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lenet_deploy.errors import DamagedFile, first_line
 from lenet_deploy.exporters import EXAMPLE_BATCH, METADATA_KEY, Exported, ExportOptions
 from lenet_deploy.quiet import quiet_torchscript
 from lenet_deploy.records import ArtifactMetadata
+from lenet_deploy.store import check_zip
 
 EXTRA_FILE = f"{METADATA_KEY}.json"
 
@@ -37,6 +38,7 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         DamagedFile: not a TorchScript archive, or one without them.
     """
+    check_zip(data, where)
     files: dict[str, Any] = {EXTRA_FILE: ""}
     try:
         with quiet_torchscript():

@@ -83,9 +83,13 @@ class LeNet5Config:
         _in_range("classes", self.classes, 2, MAX_SIDE)
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("activation", self.activation, ACTIVATIONS)
-        total = sum(layer.parameters for layer in self.layers())
+        layers = self.layers()
+        total, largest = sum(layer.parameters for layer in layers), max(layers, key=lambda layer: layer.parameters)
         if total > MAX_PARAMETERS:
-            raise InvalidConfig(f"this config has {total:,} parameters, more than {MAX_PARAMETERS:,}; use smaller sizes")
+            raise InvalidConfig(
+                f"this config has {total:,} parameters, {largest.parameters:,} of them in layer {largest.name}, "
+                f"and at most {MAX_PARAMETERS:,} are built; use smaller sizes"
+            )
 
     def layers(self) -> tuple[Layer, ...]:
         """The layer table; see `ModelConfig.layers`."""
@@ -191,7 +195,7 @@ def _in_range(name: str, value: int, low: int, high: int) -> None:
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
+    if value not in allowed or type(value) is not type(allowed[0]):  # True == 1 and 1.0 == 1 are typing mistakes
         raise InvalidConfig(f"{name} = {value!r} is not one of {', '.join(map(str, allowed))}")
 
 

@@ -53,13 +53,17 @@ def judge(output: torch.Tensor, oracle: torch.Tensor, precision: str) -> Judgeme
     worst = float(used.max())
     agreement = float((output.argmax(dim=1) == oracle.argmax(dim=1)).double().mean())
     image = int(used.argmax())
+    largest = float(error.max())
+    rmse = (
+        min(largest * float((error / largest).square().mean().sqrt()), _MAX) if largest else 0.0
+    )  # scaled, so that squares do not overflow
     reason = None
     if not worst <= 1.0:
         reason = (
             f"image {image}: error {float(error[image].max()):.3g} is {worst:.3g} times the budget "
             f"({FACTOR[precision]:g} {precision} epsilon of its largest score {float(oracle[image].abs().max()):.3g})"
         )
-    return Judgement(reason is None, reason, float(error.max()), float(error.square().mean().sqrt()), min(worst, _MAX), agreement)
+    return Judgement(reason is None, reason, min(largest, _MAX), rmse, min(worst, _MAX), agreement)
 
 
 _MAX = 1e300  # JSON has no infinity

@@ -21,7 +21,7 @@ class Table:
 
 def to_text(table: Table) -> str:
     """For a terminal: columns padded to their widest cell, no line wrapped."""
-    lines = (table.columns, *table.rows)
+    lines = (table.columns, *(tuple(map(_one_line, row)) for row in table.rows))
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     right = _numeric(table)
 
@@ -30,14 +30,18 @@ def to_text(table: Table) -> str:
         return "  ".join(padded).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join((render(table.columns), rule, *map(render, table.rows)))
+    return "\n".join((render(table.columns), rule, *map(render, lines[1:])))
 
 
 def to_markdown(table: Table) -> str:
     """For a README or a pull request."""
     marks = ("---:" if r else "---" for r in _numeric(table))
-    lines = (table.columns, tuple(marks), *(tuple(cell.replace("|", "\\|") for cell in row) for row in table.rows))
+    lines = (table.columns, tuple(marks), *(tuple(_one_line(cell).replace("|", "\\|") for cell in row) for row in table.rows))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _one_line(cell: str) -> str:
+    return " ".join(cell.splitlines())
 
 
 def _numeric(table: Table) -> list[bool]:

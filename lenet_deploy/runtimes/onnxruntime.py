@@ -87,7 +87,11 @@ def open_session(data: bytes, input_shape: tuple[int, int, int], device: str) ->
     installed = _installed(target.type)
     if not installed.usable:
         raise Unusable(f"{installed.reason}; {installed.fix}")
-    yield OrtSession(_create(data, target), input_shape, target)
+    session = _create(data, target)
+    images, scores = session.get_inputs(), session.get_outputs()
+    if len(images) != 1 or len(scores) != 1 or not all(isinstance(side, int) for side in scores[0].shape[1:]):
+        raise DamagedFile("an ONNX graph that does not take one batch of images and give one batch of scores of known size")
+    yield OrtSession(session, input_shape, target)
 
 
 def _installed(device: str) -> RuntimeStatus:

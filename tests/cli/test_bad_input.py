@@ -113,7 +113,7 @@ def damaged(bundle: Bundle, checkpoint: Checkpoint, tmp_path_factory: pytest.Tem
         "truncated.npz": npz()[:-40],
         "flipped.npz": flipped(npz(), 150),
         "foreign.npz": b"PK\x03\x04 no archive",
-        "incomplete.npz": npz()[:0] + torch_saved({}),
+        "incomplete.npz": torch_saved({}),
         "float.npz": npz(test_images=np.zeros((4, 8, 8))),
         "uneven.npz": npz(train_labels=np.zeros(3, np.uint8)),
         "eleven.npz": npz(test_labels=np.full(4, 10, np.uint8)),
@@ -149,7 +149,7 @@ def lenet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], d
         code = run(build())
         printed = capsys.readouterr()
         after = snapshot(damaged)
-        changed = sorted(name for name in before.keys() | after.keys() if before.get(name, b"") != after.get(name, b""))
+        changed = sorted({name for name, _ in before.items() ^ after.items()})
         for name in changed:  # so that one defect does not fail every later test
             shutil.rmtree(damaged / name, ignore_errors=True)
             (damaged / name).unlink(missing_ok=True)
@@ -280,24 +280,16 @@ FILES = [
     ("predict bundle image.png bundle/model.onnx", "model.onnx: not a readable PNG or JPEG", "error"),
 ]
 
+ALTERED = "its sha256 is not the one in manifest.json"
 TAMPERED = [
-    *(
-        (f"{command} altered-bundle", "its sha256 is not the one in manifest.json", "checkpoint.safetensors")
-        for command in ("parity", "evaluate")
-    ),
-    ("bench altered-bundle", "its sha256 is not the one in manifest.json", "error"),
-    ("predict altered-bundle image.png --variant onnx/ort-cpu/fp32", "model.onnx: its sha256", "export the bundle again"),
-    ("predict altered-bundle/model.script.pt image.png", "model.script.pt: its sha256", "export the bundle again"),
-    ("export altered-bundle", "checkpoint.safetensors: its sha256", "export the bundle again"),
+    *((f"{command} altered-bundle", ALTERED, "checkpoint.safetensors") for command in ("parity", "evaluate")),
+    ("bench altered-bundle", ALTERED, "export the bundle again"),
+    ("predict altered-bundle image.png --variant onnx/ort-cpu/fp32", ALTERED, "model.onnx"),
+    ("predict altered-bundle/model.script.pt image.png", ALTERED, "model.script.pt"),
+    ("export altered-bundle", ALTERED, "checkpoint.safetensors"),
     ("export altered-bundle/checkpoint.safetensors", "checkpoint.safetensors", "digest"),
-    *(
-        (f"{command} empty-manifest", "empty-manifest/manifest.json", "JSON")
-        for command in ("parity", "bench", "evaluate", "inspect", "export")
-    ),
-    *(
-        (f"{command} escaping-bundle", "../bundle/checkpoint.safetensors", "leaves the bundle")
-        for command in ("parity", "bench", "evaluate")
-    ),
+    *((f"{command} empty-manifest", "empty-manifest/manifest.json", "JSON") for command in ("parity", "bench", "evaluate", "inspect")),
+    *((f"{command} escaping-bundle", "../bundle/checkpoint", "leaves the bundle") for command in ("parity", "bench", "evaluate", "export")),
 ]
 
 PLACES = [
@@ -340,21 +332,14 @@ def test_a_place_that_cannot_be_written_is_one_message_and_code_5(arguments: str
     assert "cannot be written" in done.message()
 
 
+COMPUTES = [
+    *("train", "train --out new", "demo", "demo --out new", "export lenet5"),
+    *("evaluate bundle", "parity bundle", "bench bundle", "predict bundle image.png"),
+]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU, and there is one")
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "train",
-        "train --out new",
-        "demo",
-        "demo --out new",
-        "export lenet5",
-        "evaluate bundle",
-        "parity bundle",
-        "bench bundle",
-        "predict bundle image.png",
-    ],
-)
+@pytest.mark.parametrize("arguments", COMPUTES)
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_without_a_gpu_is_code_3_with_the_reason(arguments: str, device: str, lenet: Lenet) -> None:
     done = lenet(*arguments.split(), "--device", device)
@@ -438,10 +423,8 @@ def test_a_full_disk_under_standard_output_is_code_5(options: tuple[str, ...]) -
     assert len(done.stderr.splitlines()) <= MESSAGE_LINES
 
 
-@pytest.mark.parametrize("arguments", ["inspect lenet6", "inspect", "inspect notes.txt"])
-def test_closed_standard_streams_end_in_no_internal_error(arguments: str, damaged: Path) -> None:
-    line = f"exec {sys.executable} -m lenet_deploy.cli {arguments} >&-"
-    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60, cwd=damaged)
-    assert done.returncode == (0 if arguments == "inspect" else 2), done.stderr
-    assert "internal error" not in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_closed_standard_output_is_no_internal_error(tmp_path: Path) -> None:
+    line = f"exec {sys.executable} -m lenet_deploy.cli inspect --json layers.json >&-"
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "layers.json").exists()

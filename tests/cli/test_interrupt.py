@@ -1,0 +1,140 @@
+"""Ctrl-C and closed pipes: code 130 and a clean disk, or a quiet end; never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lenet_deploy.bundle import Bundle, open_bundle
+
+# A process started in the background may inherit that SIGINT is ignored; a user's terminal never does that.
+AS_FROM_A_TERMINAL = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lenet_deploy.cli import app
+app()
+"""
+PATIENCE_S = 120
+
+
+@contextlib.contextmanager
+def started(folder: Path, *arguments: str | Path, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """`lenet-deploy ARGS...` at work in `folder`, killed at the end should it still be."""
+    command = [sys.executable, "-c", AS_FROM_A_TERMINAL, *map(str, arguments)]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Until the condition holds; fails where the process ends first."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert process.poll() is None, "it ended before it could be interrupted"
+        assert time.monotonic() < end, "it did not come so far in time"
+        time.sleep(0.01)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def said(text: str) -> list[str]:
+    """What standard error says beside the progress."""
+    return [line for line in text.splitlines() if not line.startswith("Epoch: ")]
+
+
+@pytest.mark.parametrize("place", ["new", "earlier"])
+def test_an_interrupted_training_writes_nothing_and_keeps_earlier_results(place: str, tmp_path: Path) -> None:
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "checkpoint.safetensors").write_text("of an earlier run")
+    before = content(tmp_path)
+    with started(tmp_path, "train", "--epochs", "1000", "--device", "cpu", "--out", place) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("Epoch: 1,")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert len(said(err)) == 1
+    assert "interrupted" in said(err)[0]
+    assert content(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.8])
+def test_an_interrupted_export_leaves_the_old_bundle_and_no_staging_folder(wait_s: float, bundle: Bundle, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    before = content(tmp_path)
+    with started(tmp_path, "export", "lenet5", "--out", target, "--force", "--device", "cpu", "--quiet") as process:
+        wait_for(lambda: list(tmp_path.glob(".bundle.staging-*/checkpoint.safetensors")), process)
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert len(said(err)) == 1
+    assert "interrupted" in said(err)[0]
+    assert content(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert open_bundle(target).manifest == bundle.manifest
+
+
+def test_an_interrupted_bench_writes_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    terminal, theirs = pty.openpty()  # the progress bar, which appears only on a terminal, tells when it is at work
+    arguments = ("--rounds", "100000", "--batch", "1", "--device", "cpu", "--json", "bench.json", "--markdown", "bench.md")
+    with started(tmp_path, "bench", bundle.path, *arguments, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while b"torch-cpu" not in shown:
+            shown += os.read(terminal, 65536)
+        process.send_signal(signal.SIGINT)
+        rest = read_to_end(terminal)
+        process.wait(timeout=PATIENCE_S)
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+    os.close(terminal)
+    assert process.returncode == 130
+    assert b"interrupted" in rest
+    assert b"Traceback" not in shown + rest
+    assert list(tmp_path.iterdir()) == []
+
+
+def read_to_end(terminal: int) -> bytes:
+    found = b""
+    with contextlib.suppress(OSError):  # Linux says EIO once the other end is closed
+        while chunk := os.read(terminal, 65536):
+            found += chunk
+    return found
+
+
+@pytest.mark.parametrize("arguments", [("inspect",), ("inspect", "--json", "-"), ("train", "--help")], ids=" ".join)
+def test_a_reader_that_went_away_is_no_error(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [sys.executable, "-m", "lenet_deploy.cli", *arguments]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_head_takes_the_first_line_without_complaint() -> None:
+    line = f"{sys.executable} -m lenet_deploy.cli inspect lenet5-wide | head -1"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout.startswith("layer ")
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
