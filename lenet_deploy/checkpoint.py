@@ -224,7 +224,7 @@ def _check_fit(weights: Mapping[str, torch.Tensor], model: Model, config: ModelC
 
 def _state_dict(data: bytes, where: str) -> dict[str, torch.Tensor]:
     if data[:2] == b"PK":
-        check_zip(data, where)
+        check_zip(data, where, "state_dict")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of unusual pickle protocols, which it then refuses or reads

@@ -85,7 +85,7 @@ def load_npz(data: bytes, name: str, labels: tuple[str, ...] | None = None) -> D
     """
     import numpy as np
 
-    check_zip(data, name)
+    check_zip(data, name, ".npz")
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
@@ -95,15 +95,7 @@ def load_npz(data: bytes, name: str, labels: tuple[str, ...] | None = None) -> D
         raise DamagedFile(f"{name}: {error.args[0]}; it needs train_images, train_labels, test_images, test_labels") from None
     except Exception as error:  # damaged bytes make zipfile, zlib and numpy's header parser fail in every way there is
         raise DamagedFile(f"{name}: not a readable .npz ({first_line(error)}); it is truncated, altered or of another kind") from None
-    train_images, train_labels = _checked(name, "train", arrays)
-    test_images, test_labels = _checked(name, "test", arrays)
-    if train_images.shape[1] != test_images.shape[1]:
-        raise DamagedFile(f"{name}: train has {train_images.shape[1]} channels and test {test_images.shape[1]}; make them equal")
-    highest = int(max(train_labels.max(), test_labels.max()))
-    labels = labels or tuple(map(str, range(highest + 1)))
-    if highest >= len(labels):
-        raise DamagedFile(f"{name}: label {highest} has no name among {len(labels)}")
-    return Dataset(name, labels, train_images, train_labels, test_images, test_labels)
+    return _assembled(name, labels, arrays)
 
 
 def preprocessing_for(dataset: Dataset, channels: int, size: int, pixel_range: tuple[float, float]) -> Preprocessing:
@@ -182,7 +174,9 @@ def load_image(path: Path, preprocessing: Preprocessing, invert: bool = False) -
     except Exception as error:  # damaged bytes make Pillow's decoders fail in every way there is
         raise DamagedFile(f"{path}: not a readable PNG or JPEG ({first_line(error)})") from None
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        deep = np.array(image).astype(np.uint32)
+        deep[deep == image.info.get("transparency", -1)] = 0
+        image = Image.fromarray((deep >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
@@ -216,14 +210,20 @@ def _idx(name: str, kind: Any, labels: tuple[str, ...], data_dir: Path | None, d
     # Whole by their checksums, so that torchvision unpacks them and fetches nothing.
     packed = all(check_integrity(raw / Path(url).name, md5) for url, md5 in kind.resources)
     train, test = _both_splits(kind, name, root, raw, download or packed)
-    return Dataset(name, labels, train.data[:, None], train.targets.long(), test.data[:, None], test.targets.long())
+    return _assembled(name, labels, _arrays(train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy()))
 
 
 def _cifar10(data_dir: Path | None, download: bool) -> Dataset:
-    root = data_dir or Path("data")
-    train, test = _both_splits(_vision("cifar10").CIFAR10, "cifar10", root, root / "cifar-10-batches-py", download)
-    images = [_channels_first(torch.from_numpy(split.data)) for split in (train, test)]
-    return Dataset("cifar10", CIFAR10, images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets))
+    import numpy as np
+
+    name, root = "cifar10", data_dir or Path("data")
+    train, test = _both_splits(_vision(name).CIFAR10, name, root, root / "cifar-10-batches-py", download)
+    return _assembled(name, CIFAR10, _arrays(train.data, np.asarray(train.targets), test.data, np.asarray(test.targets)))
+
+
+def _arrays(*arrays: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays under the names that a `.npz` has."""
+    return dict(zip(("train_images", "train_labels", "test_images", "test_labels"), arrays, strict=True))
 
 
 def _vision(name: str) -> Any:
@@ -250,6 +250,19 @@ DATASETS: tuple[DataSource, ...] = (
     DataSource("fashion-mnist", "70,000 articles of clothing of 28x28, through torchvision", _fashion),
     DataSource("cifar10", "60,000 colour photographs of 32x32, through torchvision", _cifar10),
 )
+
+
+def _assembled(name: str, labels: tuple[str, ...] | None, arrays: dict[str, np.ndarray[Any, Any]]) -> Dataset:
+    """A Dataset from arrays that fit each other; `labels` None numbers the classes. Raises DamagedFile."""
+    train_images, train_labels = _checked(name, "train", arrays)
+    test_images, test_labels = _checked(name, "test", arrays)
+    if train_images.shape[1] != test_images.shape[1]:
+        raise DamagedFile(f"{name}: train has {train_images.shape[1]} channels and test {test_images.shape[1]}; make them equal")
+    highest = int(max(train_labels.max(), test_labels.max()))
+    labels = labels or tuple(map(str, range(highest + 1)))
+    if highest >= len(labels):
+        raise DamagedFile(f"{name}: label {highest} has no name among {len(labels)}")
+    return Dataset(name, labels, train_images, train_labels, test_images, test_labels)
 
 
 def _checked(name: str, split: str, arrays: dict[str, np.ndarray[Any, Any]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,8 @@ def accuracies(
             except Unusable as error:
                 skipped.append(Failure(variant.name, str(error)))
                 continue
+            except DamagedFile as error:
+                raise DamagedFile(f"{source.described}: {error}") from None
             rows.append(AccuracyRow(variant.name, sum(int(hit.sum()) for hit in hits), len(dataset.test_images)))
     return tuple(rows), tuple(skipped)
 
@@ -88,6 +90,8 @@ def predict(
             except Unusable as error:
                 reasons.append(f"{candidate.name}: {error}")
                 continue
+            except DamagedFile as error:
+                raise DamagedFile(f"{source.described}: {error}") from None
             ranked = shares.topk(min(top, shares.shape[1]))
             return tuple(
                 Prediction(str(path), candidate.name, tuple((source.metadata.labels[i], p) for i, p in zip(row, values, strict=True)))
@@ -103,10 +107,10 @@ def _scores(source: Source, session: Session, images: torch.Tensor) -> torch.Ten
     try:
         scores = run_batch(session, images)
     except Exception as error:  # whatever a runtime raises for a graph that does not take this batch
-        raise DamagedFile(f"{source.described}: it does not run on its own kind of image: {first_line(error)}") from None
+        raise DamagedFile(f"it does not run on its own kind of image: {first_line(error)}") from None
     wanted = (len(images), len(source.metadata.labels))
     if scores.shape != wanted:
-        raise DamagedFile(f"{source.described}: its scores have shape {tuple(scores.shape)} where its labels ask for {wanted}")
+        raise DamagedFile(f"its scores have shape {tuple(scores.shape)} where its labels ask for {wanted}")
     return scores
 
 

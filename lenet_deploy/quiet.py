@@ -19,7 +19,7 @@ CAPTURED_BYTES = 1 << 16
 
 @contextlib.contextmanager
 def quiet_torchscript() -> Iterator[None]:
-    """Without the deprecation warnings of `torch.jit` and of the TorchScript-based ONNX exporter."""
+    """Without the deprecation warnings of `torch.jit`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -28,20 +28,15 @@ def quiet_torchscript() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without the torch.export-based ONNX exporter's progress lines, log lines and internal deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    converter = logging.getLogger("onnxscript")
-    levels = [(each, each.level) for each in (logger, converter)]
+    """Without the ONNX exporters' progress lines, log lines and warnings; what goes wrong with them is an exception."""
+    disabled = logging.root.manager.disable
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        for each, _ in levels:
-            each.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)  # they log under half a dozen names
         try:
             yield
         finally:
-            for each, level in levels:
-                each.setLevel(level)
+            logging.disable(disabled)
 
 
 @contextlib.contextmanager

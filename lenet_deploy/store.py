@@ -47,7 +47,7 @@ def read_file(path: Path, what: str) -> bytes:
         raise BadInput(f"{path}: cannot be read ({_reason(error)}); check the path and its permissions") from error
 
 
-def check_zip(data: bytes, where: str) -> None:
+def check_zip(data: bytes, where: str, what: str) -> None:
     """Compare every member of a zip archive with its checksum, which numpy and torch leave unread.
 
     Raises:
@@ -57,7 +57,7 @@ def check_zip(data: bytes, where: str) -> None:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             altered = archive.testzip()
     except Exception as error:  # damaged bytes make zipfile and zlib fail in every way there is
-        raise DamagedFile(f"{where}: not a readable archive ({first_line(error)}); it is truncated, altered or of another kind") from None
+        raise DamagedFile(f"{where}: not a readable {what} ({first_line(error)}); it is truncated, altered or of another kind") from None
     if altered is not None:
         raise DamagedFile(f"{where}: {altered} does not match its checksum; the file was altered, get a fresh copy")
 

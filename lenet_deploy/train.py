@@ -20,6 +20,7 @@ from lenet_deploy.models import find_model, initialise
 from lenet_deploy.records import EpochStats, Preprocessing
 
 EVALUATION_BATCH = 1024
+LARGEST_FLOAT32 = 3.4028234e38
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size)):
-            if value < 1:
-                raise BadInput(f"{name} is {value}; it must be at least 1")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise BadInput(f"lr is {self.lr}; it must be a positive number")
+            if not 1 <= value < 2**31:
+                raise BadInput(f"{name} is {value}; it must be at least 1 and below 2^31")
+        if not 0 < self.lr <= LARGEST_FLOAT32:
+            raise BadInput(f"lr is {self.lr}; it must be a positive float32 number")
 
 
 def fitted_settings(model: str, dataset: Dataset, settings: Mapping[str, str]) -> dict[str, str]:

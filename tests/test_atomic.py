@@ -97,6 +97,7 @@ import torch
 from lenet_deploy.cli import build
 from lenet_deploy.cli.errors import run
 
+torch.set_num_threads(1)
 limits, codes = json.loads(sys.argv.pop(1)), []
 for limit in limits:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -37,6 +37,8 @@ IDX = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
+IDX_PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+
 
 def arrays(**changes: Any) -> Arrays:
     """Five small training images and three for testing, with `changes`."""
@@ -181,7 +183,7 @@ def test_a_download_that_fails_is_one_error(name: str, tmp_path: Path, requests:
 def test_a_damaged_gz_is_refused_and_neither_fetched_nor_replaced_unasked(tmp_path: Path, requests: list[bytes]) -> None:
     raw = tmp_path / "MNIST/raw"
     raw.mkdir(parents=True)
-    files = {raw / f"{part}-ubyte.gz": gzip.compress(part.encode())[:-3] for part in data._IDX_PARTS}
+    files = {raw / f"{part}-ubyte.gz": gzip.compress(part.encode())[:-3] for part in IDX_PARTS}
     for path, content in files.items():
         path.write_bytes(content)
     with pytest.raises(BadInput, match=r"mnist: .*--data-dir.*--download"):
@@ -199,10 +201,10 @@ def test_damaged_unpacked_files_are_refused_and_whole_ones_load(tmp_path: Path, 
     raw = tmp_path / "MNIST/raw"
     raw.mkdir(parents=True)
     images, labels = np.arange(4 * 28 * 28, dtype=np.uint8).reshape(4, 28, 28), np.array([3, 1, 4, 1], dtype=np.uint8)
-    for part in data._IDX_PARTS:
+    for part in IDX_PARTS:
         (raw / f"{part}-ubyte").write_bytes(idx(images if "images" in part else labels))
     assert load_dataset("mnist", tmp_path).train_labels.tolist() == [3, 1, 4, 1]
-    for part in data._IDX_PARTS[:2]:
+    for part in IDX_PARTS[:2]:
         path = raw / f"{part}-ubyte"
         good = path.read_bytes()
         bad = [good[:length] for length in (0, 1, 3, 4, 7, 8, 16, len(good) - 1)]

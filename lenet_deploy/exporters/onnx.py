@@ -12,7 +12,7 @@ from torch import nn
 
 from lenet_deploy.errors import DamagedFile
 from lenet_deploy.exporters import EXAMPLE_BATCH, METADATA_KEY, Exported, ExportFailed, ExportOptions
-from lenet_deploy.quiet import quiet_exporter, quiet_torchscript
+from lenet_deploy.quiet import quiet_exporter
 from lenet_deploy.records import ArtifactMetadata
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def export_torchscript(module: nn.Module, metadata: ArtifactMetadata, options: E
 
     example = torch.zeros(EXAMPLE_BATCH, *metadata.preprocessing.input_shape)
     buffer = io.BytesIO()
-    with quiet_torchscript(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         torch.onnx.export(
             module,
             (example,),

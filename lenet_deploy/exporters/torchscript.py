@@ -38,7 +38,7 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
     Raises:
         DamagedFile: not a TorchScript archive, or one without them.
     """
-    check_zip(data, where)
+    check_zip(data, where, "TorchScript archive")
     files: dict[str, Any] = {EXTRA_FILE: ""}
     try:
         with quiet_torchscript():

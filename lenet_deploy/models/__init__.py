@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lenet_deploy.errors import UnknownName
+from lenet_deploy.errors import BadInput, UnknownName
 from lenet_deploy.models.config import LeNet5Config, LeNet1998Config, configure, from_values
 
 if TYPE_CHECKING:
@@ -81,8 +81,15 @@ def find_model(name: str) -> Model:
 
 
 def initialise(name: str, config: ModelConfig, seed: int = 0) -> nn.Module:
-    """Build a freshly initialised model in eval mode; the same seed gives the same weights, global RNG untouched."""
+    """Build a freshly initialised model in eval mode; the same seed gives the same weights, global RNG untouched.
+
+    Raises:
+        BadInput: a seed that torch's generators do not take.
+    """
     import torch
+
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"seed is {seed}; it must be from 0 to 2^63 - 1")
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -119,7 +119,7 @@ class LeNet1998Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != field.default:
+            if value != field.default or type(value) is not type(field.default):
                 raise InvalidConfig(
                     f"lenet5-1998 has {field.name} = {field.default}, not {value!r}: "
                     "its prototypes and connection table are fixed; use lenet5 to vary it"

@@ -204,7 +204,7 @@ VALUES = [
     ("train --set image_size=3", "layer conv1", "does not fit"),
     ("train --set image_size=31 --out new", "layer pool1", "13.5"),
     ("inspect lenet5-1998 --set classes=12", "lenet5-1998 has classes = 10", "use lenet5"),
-    ("inspect bundle --set channels=8,16", "bundle", "own config"),
+    ("inspect bundle --set channels=8,16", "bundle", "own model and config"),
     ("inspect whole.safetensors --set channels=8,16", "whole.safetensors", "own model and config"),
     ("export whole.safetensors --model lenet5", "whole.safetensors", "own model and config"),
     ("parity bundle --batch 0", "batch size is 0", "at least 1"),

@@ -31,7 +31,8 @@ PATIENCE_S = 120
 def started(folder: Path, *arguments: str | Path, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
     """`lenet-deploy ARGS...` at work in `folder`, killed at the end should it still be."""
     command = [sys.executable, "-c", AS_FROM_A_TERMINAL, *map(str, arguments)]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # quicker where the cores are shared with other work
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         try:
             yield process
         finally:
