@@ -27,12 +27,14 @@ def demo(
     from lenet_deploy.report.table import to_text
     from lenet_deploy.report.tables import accuracy_table, artifact_table, bench_table, environment_line, parity_table
     from lenet_deploy.store import bench_json, make_folder, parity_json, write_file
-    from lenet_deploy.train import TrainConfig
+    from lenet_deploy.train import TrainConfig, resolve
 
     digits = load_dataset("digits")
+    config = TrainConfig("lenet5", SETTINGS, device=device)
+    resolve(config, digits)  # whatever is wrong is said before a folder is made
     make_folder(out)
     note("1/4 train lenet5 on the embedded digits", quiet)
-    checkpoint, path, _ = run_training(TrainConfig("lenet5", SETTINGS, device=device), digits, out, quiet)
+    checkpoint, path, _ = run_training(config, digits, out, quiet)
     with progress(quiet) as show:
         note("2/4 export to TorchScript and ONNX, 3/4 prove every export equal to the float64 oracle", quiet)
         exported = api.export(checkpoint, out / "bundle", force=True, device=device, dataset=digits, progress=show)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -11,7 +13,8 @@ import typer
 
 from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, LenetDeployError, Unusable
 
-EXIT_CODES: tuple[tuple[type[Exception], int], ...] = ((GateFailed, 1), (BadInput, 2), (Unusable, 3), (CannotWrite, 5))
+CANNOT_WRITE = 5
+EXIT_CODES: tuple[tuple[type[Exception], int], ...] = ((GateFailed, 1), (BadInput, 2), (Unusable, 3), (CannotWrite, CANNOT_WRITE))
 # typer once raised click's exceptions and now raises its own copies; this is the base of all usage errors in both.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 INTERRUPTED = 130
@@ -23,6 +26,8 @@ def run(application: typer.Typer) -> int:
     try:
         code = application(standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # newer typer turns Ctrl-C into this code itself
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except USAGE_ERROR as error:
         error.show()
@@ -30,18 +35,35 @@ def run(application: typer.Typer) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; nothing is half-written")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has gone: not an error; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):
+        # The reader of a pipe (head, less) has gone, which typer turns into an exit of its own: not an error.
+        discard_stdout()
         return 0
+    except OSError as error:
+        _debug()
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF):
+            return _unexpected(error)
+        discard_stdout()
+        _say(f"error: standard output cannot be written ({error.strerror}); free space or send it elsewhere")
+        return CANNOT_WRITE
     except LenetDeployError as error:
         _debug()
         _say(f"error: {error}")
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except Exception as error:
         _debug()
-        _say(f"internal error: {type(error).__name__}: {error}\nset LENET_DEPLOY_DEBUG=1 for the traceback, and please report it")
-        return UNEXPECTED
+        return _unexpected(error)
+
+
+def discard_stdout() -> None:
+    """Send what is still to be printed nowhere, so that the interpreter does not fail on it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unexpected(error: Exception) -> int:
+    _say(f"internal error: {type(error).__name__}: {error}\nset LENET_DEPLOY_DEBUG=1 for the traceback, and please report it")
+    return UNEXPECTED
 
 
 def _say(message: str) -> None:

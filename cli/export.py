@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lenet_deploy.models import MODELS
 from lenet_deploy.variants import FORMATS, PRECISIONS
 
 from .options import DataDir, Device, Download, OptionalData, Quiet, Seed, Set, What, dataset, settings, words
@@ -64,7 +65,7 @@ def export(
 def _default_name(what: str) -> str:
     """The model's name; for a file its own, or its folder's where it is called `checkpoint`, with `-bundle` to keep it apart."""
     path = Path(what)
-    if not path.exists():
+    if not path.exists() or what in [model.name for model in MODELS]:
         return path.name
     stem = path.resolve().parent.name if path.stem == "checkpoint" else path.stem
     return f"{stem}-bundle"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from .options import Json, Set, What, settings
 from .output import emit
@@ -22,7 +21,7 @@ def inspect(what: What = "lenet5", set_: Set = None, json: Json = None) -> None:
     else:
         from lenet_deploy.sources import open_source
 
-        source = open_source(Path(what) if Path(what).exists() else what, settings=settings(set_))
+        source = open_source(what, settings=settings(set_))
         name, described = source.metadata.model, f"{source.described}: {source.metadata.model}"
         config = find_model(name).config_from(source.metadata.config)
     layers = config.layers()

@@ -66,6 +66,8 @@ def settings(pairs: list[str] | None) -> dict[str, str]:
 
 def dataset(name: str | None, data_dir: Path | None, download: bool) -> Dataset | None:
     """The data set of that name, or None for None; raises BadInput."""
+    if name is None and (data_dir or download):
+        raise BadInput("--data-dir and --download go with --data; say which data set is meant")
     if name is None:
         return None
     from lenet_deploy.data import load_dataset

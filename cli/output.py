@@ -13,6 +13,8 @@ import typer
 
 from lenet_deploy.models import MODELS
 
+from .errors import discard_stdout
+
 if TYPE_CHECKING:
     from lenet_deploy.report.table import Table
 
@@ -25,16 +27,18 @@ def emit(table: Table, text: Callable[[], str], json_to: str | None, markdown_to
     from lenet_deploy.report.table import to_markdown, to_text
     from lenet_deploy.store import write_file
 
-    if json_to == "-":
-        typer.echo(text(), nl=False)
-    else:
-        typer.echo(to_text(table))
-        for line in lines:
-            typer.echo(line)
-        if json_to is not None:
-            write_file(Path(json_to), text().encode())
+    if json_to not in (None, "-"):  # files first: the reader of standard output may have gone
+        write_file(Path(str(json_to)), text().encode())
     if markdown_to is not None:
         write_file(markdown_to, (to_markdown(table) + "\n").encode())
+    try:
+        if json_to == "-":
+            typer.echo(text(), nl=False)
+        else:
+            typer.echo("\n".join((to_text(table), *lines)))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_stdout()  # the command still ends with its own exit code
 
 
 def verdict(word: str, good: bool) -> str:

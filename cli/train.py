@@ -13,7 +13,7 @@ from .output import note, progress
 if TYPE_CHECKING:
     from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.data import Dataset
-    from lenet_deploy.train import TrainConfig
+    from lenet_deploy.train import TrainConfig, resolve
 
 
 def train(
@@ -37,6 +37,7 @@ def train(
 
     config = TrainConfig(model, settings(set_), epochs, batch_size, lr, seed, device)
     dataset = load_dataset(data, data_dir, download)
+    resolve(config, dataset)  # whatever is wrong is said before a folder is made
     folder = out or Path(f"{model}-{Path(data).stem}")
     make_folder(folder)  # a place that cannot be written is found before the training, not after
     path, accuracy = run_training(config, dataset, folder, quiet)[1:]

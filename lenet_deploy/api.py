@@ -36,7 +36,7 @@ from lenet_deploy.sources import (
     open_session,
     parity_dataset,
 )
-from lenet_deploy.variants import CHECKPOINT, DEVICES, RUNTIMES, VARIANTS, select_artifacts
+from lenet_deploy.variants import CHECKPOINT, DEVICES, RUNTIMES, VARIANTS, RuntimeEntry, select_artifacts
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from lenet_deploy.data import Dataset
 
 __all__ = ["ExportReport", "ParityFailed", "benchmark", "check_parity", "doctor", "evaluate", "export", "load", "predict"]
+
+MAX_BATCH = 65_536  # beyond it a batch is a typing mistake, and its buffers would not fit
 
 # Called with steps done, steps in all, and what is at work.
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -120,7 +122,7 @@ def export(
     specs = select_artifacts(formats, precisions)
     parse_device(device)
     target = Path(out)
-    replaces = check_target(target, force)
+    check_target(target, force)
     source = what if isinstance(what, Checkpoint) else load(what)
     images = dataset or parity_dataset(source)
     metadata = source.metadata()
@@ -145,11 +147,11 @@ def export(
         report = check_parity(draft, device=device, dataset=images)
         if report.verdict == "fail":
             raise ParityFailed(f"an artifact does not compute the checkpoint's function, so {target} is as it was", report)
-        rows = _accuracies(draft, report, images) if images.name == source.dataset else ()
+        rows = _accuracies(draft, report, images, device) if images.name == source.dataset else ()
         verified = tuple(_judged(artifact, report, rows) for artifact in artifacts)
         manifest = dataclasses.replace(manifest, artifacts=verified)
         write_manifest(staging, manifest)
-        publish(staging, target, replaces)
+        publish(staging, target, check_target(target, force))  # asked again: the world went on during the export
     progress(len(specs) + 1, len(specs) + 1, "published")
     return ExportReport(Bundle(target, manifest), report, rows, tuple(left_out))
 
@@ -270,7 +272,15 @@ def benchmark(
 
 def doctor() -> tuple[RuntimeStatus, ...]:
     """What this machine can run, tried and not guessed: one status a runtime and device."""
-    return tuple(runtime.load().probe(device) for device in DEVICES for runtime in RUNTIMES)
+    return tuple(_probe(runtime, device) for device in DEVICES for runtime in RUNTIMES)
+
+
+def _probe(runtime: RuntimeEntry, device: str) -> RuntimeStatus:
+    try:
+        return runtime.load().probe(device)
+    except ImportError as error:  # an installation without its dependencies
+        package = error.name or "a package"
+        return RuntimeStatus(f"{runtime.name}-{device}", False, f"{package} does not import ({error})", f"pip install {package}")
 
 
 def _open(bundle: str | Path | Bundle) -> Bundle:
@@ -279,10 +289,10 @@ def _open(bundle: str | Path | Bundle) -> Bundle:
     return open_bundle(Path(bundle)) if isinstance(bundle, (str, Path)) else bundle
 
 
-def _accuracies(bundle: Bundle, report: ParityReport, dataset: Dataset) -> tuple[AccuracyRow, ...]:
+def _accuracies(bundle: Bundle, report: ParityReport, dataset: Dataset, device: str) -> tuple[AccuracyRow, ...]:
     ran = {result.variant for result in report.results if result.status == "pass"}
     variants = (variant for variant in bundle_variants(bundle, ("*",)) if variant.name in ran)
-    return accuracies(bundle_source(bundle), variants, dataset)[0]
+    return accuracies(bundle_source(bundle), variants, dataset, device)[0]
 
 
 def _judged(artifact: Artifact, report: ParityReport, rows: Sequence[AccuracyRow]) -> Artifact:
@@ -305,6 +315,6 @@ def _bench_images(bundle: Bundle, count: int) -> torch.Tensor:
 
 def _batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     for size in sizes:
-        if size < 1:
-            raise BadInput(f"batch size is {size}; it must be at least 1")
+        if not 1 <= size <= MAX_BATCH:
+            raise BadInput(f"batch size is {size}; it must be at least 1 and at most {MAX_BATCH:,}")
     return tuple(dict.fromkeys(sizes))

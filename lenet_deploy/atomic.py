@@ -29,23 +29,32 @@ def staging_folder(target: Path) -> Iterator[Path]:
     Raises:
         CannotWrite: the system refused.
     """
+    made = [folder for folder in target.parents if not folder.exists()]
     make_folder(target.parent)
     prefix = f".{target.name}.staging-"  # compared as text: a name may hold what a glob would interpret
     try:
-        for stale in target.parent.iterdir():
-            if stale.name.startswith(prefix):
-                _remove_if_abandoned(stale)
-        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
-        handle = os.open(staging, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        parent = os.open(target.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX)  # nobody else cleans up between the making of the folder and its lock
+            for stale in target.parent.iterdir():
+                if stale.name.startswith(prefix):
+                    _remove_if_abandoned(stale)
+            staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+            handle = os.open(staging, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        finally:
+            os.close(parent)
+        staging.chmod(0o777 & ~umask())  # mkdtemp makes private folders; a bundle is shared as usual
     except OSError as error:
         raise cannot_write(target, error) from error
     try:
-        staging.chmod(0o777 & ~umask())  # mkdtemp makes private folders; a bundle is shared as usual
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(handle)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing was published, the parents made for it go too
 
 
 def publish(staging: Path, target: Path, replace: bool) -> None:
@@ -56,6 +65,8 @@ def publish(staging: Path, target: Path, replace: bool) -> None:
     """
     try:
         _sync(staging)  # its files are synced as they are written; the new name must not reach the disk before theirs
+        if replace and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()  # refuses where something was put into it meanwhile
         _rename(staging, target, _RENAME_EXCHANGE if replace and target.exists() else _RENAME_NOREPLACE)
         _sync(target.parent)
     except OSError as error:
@@ -82,8 +93,8 @@ def _rename(source: Path, target: Path, flags: int) -> None:
 def _remove_if_abandoned(folder: Path) -> None:
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return
+    except OSError:
+        return  # gone already, or another user's
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lenet_deploy.checkpoint import metadata_from_json
-from lenet_deploy.errors import BadInput, DamagedFile
+from lenet_deploy.errors import BadInput, DamagedFile, first_line
 from lenet_deploy.records import Artifact, ArtifactMetadata, Environment, Manifest
 from lenet_deploy.store import cannot_write, digest, manifest_json, parse, read_file, sha256, write_file
 
@@ -60,7 +60,11 @@ def open_bundle(path: Path) -> Bundle:
         BadInput: absent, or no folder with a manifest.
         DamagedFile: a manifest that is truncated, altered, of another version, or that points outside the bundle.
     """
-    if path.is_dir() and not (path / MANIFEST).exists():
+    try:
+        bare = path.is_dir() and not (path / MANIFEST).exists()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{str(path)[:80]}: cannot be read ({first_line(error)}); check the path and its permissions") from None
+    if bare:
         raise BadInput(f"{path}: not a bundle, it has no {MANIFEST}; make one with lenet-deploy export")
     where = path / MANIFEST
     document = parse(read_file(where, "a bundle's manifest"), "manifest", 1, where)

@@ -171,6 +171,7 @@ def _decode(text: str, weights: dict[str, torch.Tensor], where: str) -> Checkpoi
         raise DamagedFile(f"{where}: its metadata is not that of a checkpoint") from None
     if schema != SCHEMA:
         raise DamagedFile(f"{where}: schema is {schema!r}, this version reads {SCHEMA!r}")
+    _check_plain(weights, where)
     if digest(body) != claimed or weights_sha256(weights) != body.get("weights_sha256"):
         raise DamagedFile(f"{where}: its digest does not match its content; the file was altered, get a fresh copy")
     provenance = body.get("provenance")
@@ -186,6 +187,7 @@ def _decode(text: str, weights: dict[str, torch.Tensor], where: str) -> Checkpoi
 def _adopt(weights: dict[str, torch.Tensor], where: str, name: str | None, settings: Mapping[str, str]) -> Checkpoint:
     """A checkpoint from a bare state_dict: the first model, as configured, whose tensors it fits."""
     candidates = (find_model(name),) if name else MODELS
+    _check_plain(weights, where)
     reasons = []
     for model in candidates:
         try:
@@ -211,8 +213,6 @@ def _check_fit(weights: Mapping[str, torch.Tensor], model: Model, config: ModelC
             raise DamagedFile(
                 f"{where}: tensor {name} is {tuple(tensor.shape)}, but {model.name} with this config has {tuple(expected[name].shape)}"
             )
-        if tensor.dtype != torch.float32:
-            raise DamagedFile(f"{where}: tensor {name} is {tensor.dtype}; convert it to torch.float32")
         if not torch.isfinite(tensor).all():
             raise DamagedFile(f"{where}: tensor {name} holds NaN or infinity; the training diverged or the file was altered")
     for name, buffer in module.named_buffers():
@@ -220,6 +220,14 @@ def _check_fit(weights: Mapping[str, torch.Tensor], model: Model, config: ModelC
             raise DamagedFile(f"{where}: tensor {name} is fixed in {model.name} and differs here")
         if name.endswith(".mask") and weights[name.replace(".mask", ".weight")].mul(1 - buffer).any():
             raise DamagedFile(f"{where}: a weight outside the connection table of {name.removesuffix('.mask')} is not zero")
+
+
+def _check_plain(weights: Mapping[str, torch.Tensor], where: str) -> None:
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32:
+            raise DamagedFile(f"{where}: tensor {name} is {tensor.dtype}; convert it to torch.float32")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise DamagedFile(f"{where}: tensor {name} is not a plain dense tensor; save tensor.to_dense().cpu()")
 
 
 def _state_dict(data: bytes, where: str) -> dict[str, torch.Tensor]:
@@ -256,7 +264,7 @@ def is_torchscript(data: bytes) -> bool:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
-    except (zipfile.BadZipFile, ValueError, OSError):
+    except Exception:  # a damaged archive is none; check_zip has the words for it
         return False
 
 

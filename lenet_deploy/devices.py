@@ -19,7 +19,7 @@ def parse_device(text: str) -> torch.device:
         Unusable: CUDA is asked for and does not work here.
     """
     if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "cpu"
+        text = "cuda" if probe_torch("cuda", "cuda").usable else "cpu"
     kind, _, index = text.partition(":")
     if kind == "cpu" and not index and text == "cpu":
         return torch.device("cpu")

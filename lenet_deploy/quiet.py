@@ -28,10 +28,9 @@ def quiet_torchscript() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without the ONNX exporters' progress lines, log lines and warnings; what goes wrong with them is an exception."""
+    """Without the ONNX exporters' progress lines, log lines and deprecations; what goes wrong with them is an exception."""
     disabled = logging.root.manager.disable
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(io.StringIO()), quiet_torchscript():
         logging.disable(logging.CRITICAL)  # they log under half a dozen names
         try:
             yield

@@ -26,7 +26,7 @@ class Source:
 
     Attributes:
         described: one line for the user.
-        variants: what can run it, and the artifact entry that each belongs to.
+        variants: what can run it.
         read: verified bytes of an artifact.
     """
 
@@ -77,21 +77,26 @@ def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, 
     if str(what) in (entry.name for entry in MODELS):
         return _checkpoint_source(what, load(what, settings=settings, seed=seed))
     path = _path(what)
-    if settings and path.exists():
-        raise BadInput(f"{path}: it carries its own model and config, so --set has nothing to change")
+    carries_its_own = BadInput(f"{path}: it carries its own model and config, so --set has nothing to change")
     if path.is_dir():
+        if settings:
+            raise carries_its_own
         return bundle_source(open_bundle(path))
     if path.is_file() and (path.parent / MANIFEST).is_file():
         bundle = open_bundle(path.parent)
         listed = next((each for each in bundle.manifest.artifacts if each.path == path.name), None)
         if listed is not None:
+            if settings:
+                raise carries_its_own
             return bundle_source(bundle, listed)
     if path.is_file():
         data = read_file(path, "a model")
         kind = _artifact_kind(path, data)
         if kind is not None:
+            if settings:
+                raise carries_its_own
             return _bare_source(path, data, kind)
-    return _checkpoint_source(what, load(what))
+    return _checkpoint_source(what, load(what, settings=settings, seed=seed))
 
 
 def parity_dataset(checkpoint: Checkpoint, data_dir: Path | None = None) -> Dataset:
@@ -180,7 +185,7 @@ def open_session(source: Source, variant: Variant, device: str) -> contextlib.Ab
 
 
 def on_device(variants: Iterable[Variant], device: str) -> tuple[Variant, ...]:
-    """Those of the device asked for; `auto` keeps all. Raises Unusable where nothing of it runs there."""
+    """Those of the device asked for; `auto` keeps all. Raises BadInput where none is of that device."""
     from lenet_deploy.devices import parse_device
 
     found = tuple(variants)

@@ -83,10 +83,10 @@ def write_file(path: Path, data: bytes) -> None:
     A link stays and its target is replaced; a pipe or device is written to.
     """
     try:
-        path = path.resolve()
         if path.exists() and not path.is_file() and not path.is_dir():
             path.write_bytes(data)
             return
+        path = path.resolve()
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -16,7 +16,8 @@ from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise, preprocessing_for
 from lenet_deploy.devices import parse_device
 from lenet_deploy.errors import BadInput, GateFailed
-from lenet_deploy.models import find_model, initialise
+from lenet_deploy.models import Model, check_seed, find_model, initialise
+from lenet_deploy.models.config import ModelConfig
 from lenet_deploy.records import EpochStats, Preprocessing
 
 EVALUATION_BATCH = 1024
@@ -49,6 +50,7 @@ class TrainConfig:
         for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size)):
             if not 1 <= value < 2**31:
                 raise BadInput(f"{name} is {value}; it must be at least 1 and below 2^31")
+        check_seed(self.seed)
         if not 0 < self.lr <= LARGEST_FLOAT32:
             raise BadInput(f"lr is {self.lr}; it must be a positive float32 number")
 
@@ -59,6 +61,15 @@ def fitted_settings(model: str, dataset: Dataset, settings: Mapping[str, str]) -
     defaults = find_model(model).defaults
     differing = {key: value for key, value in found.items() if value != str(getattr(defaults, key))}
     return {**differing, **settings} if hasattr(defaults, "channels") else dict(settings)
+
+
+def resolve(config: TrainConfig, dataset: Dataset) -> tuple[Model, ModelConfig, torch.device]:
+    """The model, its configuration for `dataset`, and the device; raises what `train` raises of them, before any work."""
+    entry = find_model(config.model)
+    model_config = entry.configured(fitted_settings(config.model, dataset, config.settings))
+    if len(dataset.labels) > model_config.classes:
+        raise BadInput(f"{dataset.name} has {len(dataset.labels)} classes and {config.model} {model_config.classes}; set classes")
+    return entry, model_config, parse_device(config.device)
 
 
 def train(config: TrainConfig, dataset: Dataset, on_epoch: Callable[[EpochStats], None] = lambda stats: None) -> Checkpoint:
@@ -75,13 +86,9 @@ def train(config: TrainConfig, dataset: Dataset, on_epoch: Callable[[EpochStats]
         GateFailed: the loss is NaN or infinite.
         Unusable: the device does not work here.
     """
-    entry = find_model(config.model)
-    model_config = entry.configured(fitted_settings(config.model, dataset, config.settings))
-    if len(dataset.labels) > model_config.classes:
-        raise BadInput(f"{dataset.name} has {len(dataset.labels)} classes and {config.model} {model_config.classes}; set classes")
+    entry, model_config, device = resolve(config, dataset)
     preprocessing = preprocessing_for(dataset, model_config.in_channels, model_config.image_size, entry.pixel_range)
 
-    device = parse_device(config.device)
     images, labels = fit(dataset.train_images, preprocessing).to(device), dataset.train_labels.to(device)
     test_images, test_labels = fit(dataset.test_images, preprocessing).to(device), dataset.test_labels.to(device)
     module = initialise(config.model, model_config, config.seed).to(device)

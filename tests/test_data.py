@@ -207,7 +207,7 @@ def test_damaged_unpacked_files_are_refused_and_whole_ones_load(tmp_path: Path, 
     for part in IDX_PARTS[:2]:
         path = raw / f"{part}-ubyte"
         good = path.read_bytes()
-        bad = [good[:length] for length in (0, 1, 3, 4, 7, 8, 16, len(good) - 1)]
+        bad = [good[:length] for length in (0, 1, 3, 4, 7, 8, len(good) - 1)]
         bad += [good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :] for place in range(8) for bit in range(8)]
         bad += [b"not an idx file", idx(images.astype(np.int8), 9), idx(labels[:3])]
         for content in bad:
@@ -592,23 +592,17 @@ def test_a_truncated_image_is_refused_at_every_length(format: str, tmp_path: Pat
             load_image(tmp_path / "image", RGB)
 
 
+# Two entries, orientation 6 and a resolution of 72: (tag, type, count, value) each, big-endian.
+EXIF = bytes.fromhex("4d4d002a 00000008 0002  0112 0003 00000001 00060000  011a 0005 00000001 00000026  00000000  00000048 00000001")
+
+
 def test_damaged_exif_never_raises_anything_else_nor_warns(tmp_path: Path) -> None:
-    generator, exif = random.Random(0), Image.Exif()
-    exif[0x0112] = 6
-    exif[0x010E] = "described"
-    exif.get_ifd(0x8769)[0x9003] = "2020:01:01"
-    block, outcomes = exif.tobytes().removeprefix(b"Exif\0\0"), set()
-    jpeg = encoded(noise(), "JPEG", exif=exif)
-    assert block in jpeg
-    png = encoded(noise(), "PNG")
-    for _ in range(1500):
-        damaged = bytearray(block)
-        for _ in range(generator.randint(1, 3)):
-            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
-        chunk = b"eXIf" + damaged
-        in_png = png[:33] + len(damaged).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + png[33:]
-        for content in (jpeg.replace(block, damaged), in_png):
-            (tmp_path / "image").write_bytes(content)
+    damaged = [EXIF[:length] for length in range(len(EXIF))]
+    damaged += [EXIF[:place] + bytes([value]) + EXIF[place + 1 :] for place in range(len(EXIF)) for value in (1, 2, 7, 13)]
+    outcomes = set()
+    for kind in ("JPEG", "PNG"):
+        for block in damaged:
+            (tmp_path / "image").write_bytes(encoded(noise(4), kind, exif=b"Exif\0\0" + block))
             try:
                 outcomes.add(load_image(tmp_path / "image", RGB).shape)
             except DamagedFile:

@@ -12,7 +12,7 @@ import torch
 from lenet_deploy.bench.timing import Calibration, calibrate, time_block, timer_overhead_s
 from lenet_deploy.data import normalise_into
 from lenet_deploy.devices import synchronise
-from lenet_deploy.errors import UnknownName
+from lenet_deploy.errors import DamagedFile, UnknownName, first_line
 from lenet_deploy.records import Measurement, Preprocessing
 from lenet_deploy.runtimes import Session
 from lenet_deploy.variants import Variant
@@ -46,6 +46,7 @@ PROFILES: tuple[Profile, ...] = (
     Profile("quick", (1, 8, 64), rounds=3, visit_s=0.08, window_s=0.06, warmup_s=0.3, core_only=True),
     Profile("full", (1, 8, 64, 512), rounds=10, visit_s=0.25, window_s=0.25, warmup_s=2.0, core_only=False),
 )
+SETTLE_S = 0.1  # idle workers of ONNX Runtime spin for up to 50 ms after its last run and would take a core from the next case
 REVISIT_LAUNCHES = 5  # before the times of a later visit: caches and thread pools were another case's
 
 
@@ -73,11 +74,17 @@ class Case:
     def visit(self, profile: Profile, overhead_s: float) -> None:
         """Measure for one visit: blocks of complete launches, then a window of back-to-back ones."""
         start, finish = self._bound()
+        time.sleep(SETTLE_S)
 
         def launch() -> None:
             finish(start())
 
         if self.calibration is None:
+            try:
+                launch()
+            except Exception as error:  # whatever a runtime raises for a graph that does not take this batch
+                batch = len(self.images)
+                raise DamagedFile(f"{self.variant.name} does not run at batch {batch}: {first_line(error)}; see parity") from None
             self.calibration = calibrate(launch, profile.warmup_s, overhead_s)
         else:
             time_block(launch, REVISIT_LAUNCHES)

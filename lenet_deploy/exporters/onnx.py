@@ -15,12 +15,15 @@ from lenet_deploy.exporters import EXAMPLE_BATCH, METADATA_KEY, Exported, Export
 from lenet_deploy.quiet import quiet_exporter
 from lenet_deploy.records import ArtifactMetadata
 
+OLDEST_OPSET = 17  # of both exporters for these models
+
 if TYPE_CHECKING:
     import onnx
 
 
 def export_dynamo(module: nn.Module, metadata: ArtifactMetadata, options: ExportOptions) -> Exported:
     """Through torch.export; see `Exporter`."""
+    _check_opset(options.opset)
     example = torch.zeros(EXAMPLE_BATCH, *metadata.preprocessing.input_shape)
     with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
@@ -41,6 +44,7 @@ def export_torchscript(module: nn.Module, metadata: ArtifactMetadata, options: E
     """Through torch.jit.trace; see `Exporter`."""
     import onnx
 
+    _check_opset(options.opset)
     example = torch.zeros(EXAMPLE_BATCH, *metadata.preprocessing.input_shape)
     buffer = io.BytesIO()
     with quiet_exporter(), torch.no_grad():
@@ -74,6 +78,15 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DamagedFile(f"{where}: it carries no lenet-deploy metadata; export it with lenet-deploy")
     return values
+
+
+def _check_opset(opset: int) -> None:
+    """Refuse what no exporter writes or this onnx does not know, before an exporter fails on it at length."""
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise ExportFailed(f"opset {opset} was asked for; {OLDEST_OPSET} to {newest} can be written here")
 
 
 def _finish(model: onnx.ModelProto, metadata: ArtifactMetadata, options: ExportOptions, exporter: str) -> Exported:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lenet_deploy.devices import strict_float32
 from lenet_deploy.errors import DamagedFile, first_line
 from lenet_deploy.exporters import EXAMPLE_BATCH, METADATA_KEY, Exported, ExportOptions
 from lenet_deploy.quiet import quiet_torchscript
@@ -22,13 +23,13 @@ EXTRA_FILE = f"{METADATA_KEY}.json"
 def export_trace(module: nn.Module, metadata: ArtifactMetadata, options: ExportOptions) -> Exported:
     """Record one forward pass and freeze it; see `Exporter`."""
     example = torch.zeros(EXAMPLE_BATCH, *metadata.preprocessing.input_shape)
-    with quiet_torchscript(), torch.no_grad():
+    with strict_float32(), quiet_torchscript(), torch.no_grad():  # a trace keeps the TF32 switch as a constant
         return _frozen(torch.jit.trace(module, (example,)), metadata, "trace")
 
 
 def export_script(module: nn.Module, metadata: ArtifactMetadata, options: ExportOptions) -> Exported:
     """Compile the module's source and freeze it; see `Exporter`."""
-    with quiet_torchscript():
+    with strict_float32(), quiet_torchscript():
         return _frozen(torch.jit.script(module), metadata, "script")
 
 

@@ -80,6 +80,12 @@ def find_model(name: str) -> Model:
     raise UnknownName("model", name, (model.name for model in MODELS))
 
 
+def check_seed(seed: int) -> None:
+    """Refuse, with BadInput, a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"seed is {seed}; it must be from 0 to 2^63 - 1")
+
+
 def initialise(name: str, config: ModelConfig, seed: int = 0) -> nn.Module:
     """Build a freshly initialised model in eval mode; the same seed gives the same weights, global RNG untouched.
 
@@ -88,8 +94,7 @@ def initialise(name: str, config: ModelConfig, seed: int = 0) -> nn.Module:
     """
     import torch
 
-    if not 0 <= seed < 2**63:
-        raise BadInput(f"seed is {seed}; it must be from 0 to 2^63 - 1")
+    check_seed(seed)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -118,7 +119,7 @@ def _create(data: bytes, device: torch.device) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()  # the same number for every runtime on the CPU
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     provider_options: dict[str, str] = {}
-    with captured_stderr() as said:
+    with captured_stderr() as said, contextlib.redirect_stdout(io.StringIO()):  # its Python layer prints, too
         if device.type == "cuda":
             onnxruntime.preload_dlls()
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -128,11 +129,12 @@ def _create(data: bytes, device: torch.device) -> Any:
                 "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
             }
         try:
-            session = onnxruntime.InferenceSession(data, options, providers=[(wanted, provider_options)])
+            session = onnxruntime.InferenceSession(data, options, providers=[(wanted, provider_options)], enable_fallback=0)
         except Exception as error:  # ORT's exceptions share no base class of their own
             reason = first_line(error)
             if device.type == "cpu":
                 raise DamagedFile(f"not an ONNX file that this onnxruntime runs ({reason})") from None
+            _create(data, torch.device("cpu"))  # raises DamagedFile where the bytes are at fault and not the device
             raise Unusable(f"{wanted} cannot run this graph whole: {cause(said()) or reason}; see lenet-deploy doctor") from None
     strays = {f"{node.node} on {node.provider}" for node in _placement(session) if node.provider != wanted}
     if strays or session.get_providers()[0] != wanted:
