@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
+from types import FrameType
 from typing import Any
 
 import typer
@@ -23,9 +26,13 @@ UNEXPECTED = 70  # sysexits.h EX_SOFTWARE: a defect of this program
 
 def run(application: typer.Typer) -> int:
     """Run the application on sys.argv and return the exit code; a traceback appears only with LENET_DEPLOY_DEBUG=1."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # it lives as long as the process
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         code = application(standalone_mode=False)
         sys.stdout.flush()
+        raise_if_interrupted()
         if code == INTERRUPTED:  # newer typer turns Ctrl-C into this code itself
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -53,6 +60,20 @@ def run(application: typer.Typer) -> int:
     except Exception as error:
         _debug()
         return _unexpected(error)
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt again if one was raised before: torch's exporters swallow some."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def discard_stdout() -> None:

@@ -13,7 +13,7 @@ import typer
 
 from lenet_deploy.models import MODELS
 
-from .errors import discard_stdout
+from .errors import discard_stdout, raise_if_interrupted
 
 if TYPE_CHECKING:
     from lenet_deploy.report.table import Table
@@ -64,7 +64,7 @@ def note_if_fresh(what: str) -> None:
 def progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on a terminal, nothing elsewhere; the callable takes steps done, steps in all, and what is at work."""
     if quiet or not sys.stderr.isatty():
-        yield lambda done, total, what: None
+        yield lambda done, total, what: raise_if_interrupted()
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -72,4 +72,9 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+        def show(done: int, total: int, what: str) -> None:
+            raise_if_interrupted()
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield show

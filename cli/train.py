@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from .output import note, progress
 if TYPE_CHECKING:
     from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.data import Dataset
-    from lenet_deploy.train import TrainConfig, resolve
+    from lenet_deploy.train import TrainConfig
 
 
 def train(
@@ -33,14 +34,21 @@ def train(
     """Train a model and write checkpoint.safetensors and metrics.json."""
     from lenet_deploy.data import load_dataset
     from lenet_deploy.store import make_folder
-    from lenet_deploy.train import TrainConfig
+    from lenet_deploy.train import TrainConfig, resolve
 
     config = TrainConfig(model, settings(set_), epochs, batch_size, lr, seed, device)
     dataset = load_dataset(data, data_dir, download)
     resolve(config, dataset)  # whatever is wrong is said before a folder is made
     folder = out or Path(f"{model}-{Path(data).stem}")
+    made = not folder.exists()
     make_folder(folder)  # a place that cannot be written is found before the training, not after
-    path, accuracy = run_training(config, dataset, folder, quiet)[1:]
+    try:
+        path, accuracy = run_training(config, dataset, folder, quiet)[1:]
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
     typer.echo(f"{path}: {accuracy:.2f} % of {len(dataset.test_images):,} test images of {dataset.name}")
 
 

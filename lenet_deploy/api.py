@@ -151,6 +151,7 @@ def export(
         verified = tuple(_judged(artifact, report, rows) for artifact in artifacts)
         manifest = dataclasses.replace(manifest, artifacts=verified)
         write_manifest(staging, manifest)
+        progress(len(specs), len(specs) + 1, "publish")
         publish(staging, target, check_target(target, force))  # asked again: the world went on during the export
     progress(len(specs) + 1, len(specs) + 1, "published")
     return ExportReport(Bundle(target, manifest), report, rows, tuple(left_out))

@@ -200,6 +200,18 @@ def test_where_nothing_could_be_exported_nothing_is_published(opset: int, digits
     assert shown() == ("", "", [])
 
 
+@each_onnx
+@pytest.mark.parametrize("opset", [21, 24])
+def test_a_newer_opset_is_written_or_refused_in_silence(spec: ArtifactSpec, opset: int, shown: Shown) -> None:
+    found, reason = None, ""
+    try:
+        found = exported_by(spec, MODELS[0], opset)
+    except Exception as refusal:  # as the export catches it
+        reason = str(refusal)
+    assert f"opset {opset}" in reason if found is None else found.details["opset"] == opset
+    assert shown() == ("", "", [])
+
+
 # TorchScript
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from lenet_deploy.bundle import Bundle, open_bundle
+from lenet_deploy.variants import ARTIFACTS
 
 # A process started in the background may inherit that SIGINT is ignored; a user's terminal never does that.
 AS_FROM_A_TERMINAL = """
@@ -24,7 +26,38 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from lenet_deploy.cli import app
 app()
 """
+# Exports again and again, each time with a SIGINT at a random moment, and reports what became of it as JSON.
+EXPORTS_WITH_INTERRUPTS = """
+import json, os, random, shutil, signal, sys, threading, time
+from pathlib import Path
+import torch
+from lenet_deploy import api
+from lenet_deploy.sources import load
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+torch.set_num_threads(1)
+root, checkpoint, chance = Path(sys.argv[1]), load("lenet5"), random.Random(0)
+for trial in range(-2, int(sys.argv[2])):  # the first two warm up and take the time
+    start = time.perf_counter()
+    timer = threading.Timer(chance.uniform(0, 0.8) * usual if trial >= 0 else 3600, os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+    try:
+        api.export(checkpoint, root / "bundle", device="cpu")
+        usual = time.perf_counter() - start
+        if trial < 0:
+            timer.cancel()
+        timer.join()
+        time.sleep(0.1)  # where the signal came after the export
+        end = "not interrupted"
+    except KeyboardInterrupt:
+        end = "interrupted"
+    if trial >= 0:
+        print(json.dumps([end, sorted(path.name for path in root.rglob("*"))]), flush=True)
+    shutil.rmtree(root / "bundle", ignore_errors=True)
+"""
 PATIENCE_S = 120
+INTERRUPTS = 12
 
 
 @contextlib.contextmanager
@@ -91,6 +124,19 @@ def test_an_interrupted_export_leaves_the_old_bundle_and_no_staging_folder(wait_
     assert content(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert open_bundle(target).manifest == bundle.manifest
+
+
+def test_an_export_interrupted_at_any_moment_publishes_nothing_or_everything(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", EXPORTS_WITH_INTERRUPTS, str(tmp_path), str(INTERRUPTS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    ends = [json.loads(line) for line in done.stdout.splitlines()]
+    whole = sorted(["bundle", "manifest.json", *(spec.path for spec in ARTIFACTS)])
+    assert len(ends) == INTERRUPTS
+    assert {end for end, _ in ends} == {"interrupted"}, "torch swallows some interrupts: they must not get lost in it"
+    assert all(left in ([], whole) for _, left in ends)
+    assert [] in [left for _, left in ends]
+    assert done.stderr == ""
 
 
 def test_an_interrupted_bench_writes_nothing(bundle: Bundle, tmp_path: Path) -> None:
