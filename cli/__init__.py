@@ -7,7 +7,7 @@ import sys
 import typer
 
 from . import bench, demo, doctor, evaluate, export, inspect, parity, predict, train
-from .errors import run
+from .errors import run, take_interrupts
 
 COMMANDS = (
     demo.demo,
@@ -54,4 +54,5 @@ def build() -> typer.Typer:
 
 def app() -> None:
     """Run the command line and exit with the documented code."""
+    take_interrupts()
     sys.exit(run(build()))

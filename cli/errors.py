@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,8 +28,7 @@ UNEXPECTED = 70  # sysexits.h EX_SOFTWARE: a defect of this program
 def run(application: typer.Typer) -> int:
     """Run the application on sys.argv and return the exit code; a traceback appears only with LENET_DEPLOY_DEBUG=1."""
     if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # it lives as long as the process
-    signal.signal(signal.SIGINT, _interrupt)
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # it lives as long as the process
     try:
         code = application(standalone_mode=False)
         sys.stdout.flush()
@@ -63,6 +63,12 @@ def run(application: typer.Typer) -> int:
 
 
 _interrupted = threading.Event()
+
+
+def take_interrupts() -> None:
+    """Remember Ctrl-C for as long as the process lives, and keep its traces in clean-up code off the screen."""
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = lambda left: None if issubclass(left.exc_type, KeyboardInterrupt) else sys.__unraisablehook__(left)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
