@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from lenet_deploy.quiet import quiet_exporter
 from lenet_deploy.records import ArtifactMetadata
 
 OLDEST_OPSET = 17  # of both exporters for these models
+NEWEST_TORCHSCRIPT_OPSET = 23  # beyond it torch prints its whole graph to standard output before it fails
 
 if TYPE_CHECKING:
     import onnx
@@ -44,10 +46,12 @@ def export_torchscript(module: nn.Module, metadata: ArtifactMetadata, options: E
     """Through torch.jit.trace; see `Exporter`."""
     import onnx
 
-    _check_opset(options.opset)
+    _check_opset(options.opset, NEWEST_TORCHSCRIPT_OPSET)
     example = torch.zeros(EXAMPLE_BATCH, *metadata.preprocessing.input_shape)
     buffer = io.BytesIO()
     with quiet_exporter(), torch.no_grad():
+        # torch calls 21 and up unsupported; the file is checked and judged like any other.
+        warnings.filterwarnings("ignore", message="Exporting to ONNX opset version")
         torch.onnx.export(
             module,
             (example,),
@@ -80,11 +84,12 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
     return values
 
 
-def _check_opset(opset: int) -> None:
+def _check_opset(opset: int, newest: int | None = None) -> None:
     """Refuse what no exporter writes or this onnx does not know, before an exporter fails on it at length."""
     import onnx
 
-    newest = onnx.defs.onnx_opset_version()
+    known = onnx.defs.onnx_opset_version()
+    newest = min(newest or known, known)
     if not OLDEST_OPSET <= opset <= newest:
         raise ExportFailed(f"opset {opset} was asked for; {OLDEST_OPSET} to {newest} can be written here")
 
