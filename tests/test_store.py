@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -274,9 +275,12 @@ def test_umask_is_read_without_being_changed() -> None:
         os.umask(before)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """A process that may write no file longer than 4 KiB: the system refuses in the middle of a write, as a full disk does."""
+    """A process that may write no file longer than 4 KiB: the system refuses in the middle of a write, as a full disk does.
+
+    Around the write alone: pytest's own output may be a longer file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
@@ -285,17 +289,17 @@ def small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_write_refused_in_the_middle_leaves_the_old_file_and_no_litter(tmp_path: Path, small_files: None) -> None:
+def test_a_write_refused_in_the_middle_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     store.write_file(path, b"old")
-    with pytest.raises(CannotWrite, match=r"result\.json: cannot be written \(File too large\)"):
+    with small_files(), pytest.raises(CannotWrite, match=r"result\.json: cannot be written \(File too large\)"):
         store.write_file(path, bytes(100_000))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_refused_first_write_leaves_nothing(tmp_path: Path, small_files: None) -> None:
-    with pytest.raises(CannotWrite):
+def test_a_refused_first_write_leaves_nothing(tmp_path: Path) -> None:
+    with small_files(), pytest.raises(CannotWrite):
         store.write_file(tmp_path / "result.json", bytes(100_000))
     assert list(tmp_path.iterdir()) == []
 
