@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import Batches, BundlePath, Device, Json, Markdown, Quiet, Variants, numbers, words
-from .output import emit, note, progress
+from .output import emit, note_skipped, progress
 
 
 def bench(
@@ -40,6 +40,5 @@ def bench(
             device=device,
             progress=show,
         )
-    for skipped in report.skipped:
-        note(f"skipped: {skipped.name}: {skipped.reason}", quiet)
+    note_skipped(report.skipped, quiet)
     emit(bench_table(report), lambda: bench_json(report), json, markdown, environment_line(report.environment))

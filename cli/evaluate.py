@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .options import Data, DataDir, Device, Download, Json, What
-from .output import emit, note_if_fresh
+from .options import Data, DataDir, Device, Download, Json, Quiet, Seed, What
+from .output import emit, note_if_fresh, note_skipped
 
 
 def evaluate(
@@ -11,15 +11,18 @@ def evaluate(
     data: Data = "digits",
     data_dir: DataDir = None,
     download: Download = False,
+    seed: Seed = 0,
     device: Device = "auto",
     json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Accuracy on the test split: of a checkpoint, of one artifact, or of every variant of a bundle."""
-    from lenet_deploy import api, environment
+    from lenet_deploy import api
     from lenet_deploy.data import load_dataset
     from lenet_deploy.report.tables import accuracy_table
     from lenet_deploy.store import evaluate_json
 
-    note_if_fresh(what)
-    rows = api.evaluate(what, load_dataset(data, data_dir, download), device=device)
-    emit(accuracy_table(rows), lambda: evaluate_json(rows, environment.capture()), json)
+    note_if_fresh(what, seed, quiet)
+    report = api.evaluate(what, load_dataset(data, data_dir, download), seed=seed, device=device)
+    note_skipped(report.skipped, quiet)
+    emit(accuracy_table(report.rows), lambda: evaluate_json(report), json)

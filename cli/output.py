@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from lenet_deploy.models import MODELS
 from .errors import discard_stdout, raise_if_interrupted
 
 if TYPE_CHECKING:
+    from lenet_deploy.records import Failure
     from lenet_deploy.report.table import Table
 
 
@@ -54,10 +55,16 @@ def note(message: str, quiet: bool = False) -> None:
         typer.echo(message, err=True)
 
 
-def note_if_fresh(what: str) -> None:
+def note_if_fresh(what: str, seed: int, quiet: bool) -> None:
     """Say so where WHAT is a model's name, whose weights are therefore untrained."""
     if what in (model.name for model in MODELS):
-        note(f"{what}: freshly initialised from seed 0, not trained")
+        note(f"{what}: freshly initialised from seed {seed}, not trained", quiet)
+
+
+def note_skipped(failures: Iterable[Failure], quiet: bool) -> None:
+    """One line a variant that does not run here."""
+    for failure in failures:
+        note(f"skipped: {failure.name}: {failure.reason}", quiet)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lenet_deploy import environment
 from lenet_deploy.errors import BadInput, DamagedFile, Unusable, first_line
-from lenet_deploy.records import AccuracyRow, Failure, Prediction, Preprocessing
+from lenet_deploy.records import AccuracyReport, AccuracyRow, Failure, Prediction, Preprocessing
 from lenet_deploy.sources import Source, computing, on_device, open_session, open_source
 from lenet_deploy.variants import Variant, select_variants
 
@@ -38,30 +39,39 @@ def accuracies(
     return tuple(rows), tuple(skipped)
 
 
-def evaluate(what: str | Path, dataset: Dataset, *, device: str = "auto") -> tuple[AccuracyRow, ...]:
+def evaluate(what: str | Path, dataset: Dataset, *, seed: int = 0, device: str = "auto") -> AccuracyReport:
     """Accuracy on `dataset`'s test split of a checkpoint, of one artifact, or of every variant of a bundle.
 
-    Variants that cannot run here have no row.
+    Args:
+        seed: of the weights, where `what` is a model's name.
 
     Raises:
         BadInput: see `open_source`; or the data set's labels do not fit the model.
         Unusable: nothing of it runs here.
     """
-    source = open_source(what)
+    source = open_source(what, seed=seed)
     if len(dataset.labels) > len(source.metadata.labels):
         raise BadInput(f"{dataset.name} has {len(dataset.labels)} classes and this model {len(source.metadata.labels)}")
     rows, skipped = accuracies(source, on_device(source.variants, device), dataset, device)
     if not rows:
         raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in skipped))
-    return rows
+    return AccuracyReport(rows, skipped, environment.capture())
 
 
 def predict(
-    what: str | Path, images: Sequence[str | Path], *, variant: str | None = None, device: str = "auto", top: int = 3, invert: bool = False
+    what: str | Path,
+    images: Sequence[str | Path],
+    *,
+    variant: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    top: int = 3,
+    invert: bool = False,
 ) -> tuple[Prediction, ...]:
     """Classify PNG or JPEG files with one variant: the first of `what` that runs here, or the one named.
 
     Args:
+        seed: of the weights, where `what` is a model's name.
         top: labels per image.
         invert: swap dark and light first, for dark strokes on paper.
 
@@ -77,7 +87,7 @@ def predict(
         raise BadInput("no images; name at least one PNG or JPEG file")
     if top < 1:
         raise BadInput(f"top is {top}; it must be at least 1")
-    source = open_source(what)
+    source = open_source(what, seed=seed)
     candidates = on_device(select_variants((variant,), source.variants) if variant else source.variants, device)
     spec = source.metadata.preprocessing
     pixels = torch.cat([load_image(Path(path), spec, invert) for path in images])

@@ -275,6 +275,15 @@ class AccuracyRow:
 
 
 @dataclass(frozen=True)
+class AccuracyReport:
+    """Accuracy of every variant that runs here, and why the others do not."""
+
+    rows: tuple[AccuracyRow, ...]
+    skipped: tuple[Failure, ...]
+    environment: Environment
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The top labels of one image, best first.
 

@@ -9,16 +9,17 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, first_line
 from lenet_deploy.records import (
-    AccuracyRow,
+    AccuracyReport,
     BenchReport,
     Environment,
     EpochStats,
+    Failure,
     Manifest,
     Measurement,
     ParityReport,
@@ -147,7 +148,7 @@ def bench_json(report: BenchReport) -> str:
     """`bench` JSON, schema version 1: raw times beside the statistics derived from them."""
     body = {
         "measurements": [_measurement(measurement) for measurement in report.measurements],
-        "skipped": [{"variant": skipped.name, "reason": skipped.reason} for skipped in report.skipped],
+        "skipped": _skipped(report.skipped),
     }
     return dump("bench", 1, report.environment, body)
 
@@ -157,10 +158,10 @@ def doctor_json(statuses: tuple[RuntimeStatus, ...], environment: Environment) -
     return dump("doctor", 1, environment, {"runtimes": [dataclasses.asdict(status) for status in statuses]})
 
 
-def evaluate_json(rows: tuple[AccuracyRow, ...], environment: Environment) -> str:
+def evaluate_json(report: AccuracyReport) -> str:
     """`evaluate` JSON, schema version 1."""
-    body = [{"variant": row.variant, "accuracy": row.accuracy, "ci95": row.ci95, "images": row.images} for row in rows]
-    return dump("evaluate", 1, environment, {"rows": body})
+    rows = [{"variant": row.variant, "accuracy": row.accuracy, "ci95": row.ci95, "images": row.images} for row in report.rows]
+    return dump("evaluate", 1, report.environment, {"rows": rows, "skipped": _skipped(report.skipped)})
 
 
 def metrics_json(epochs: tuple[EpochStats, ...], settings: Mapping[str, Any], environment: Environment) -> str:
@@ -185,6 +186,10 @@ def manifest_json(manifest: Manifest) -> str:
     }
     document = json.loads(dump("manifest", 1, manifest.environment, body))
     return json.dumps({**document, "digest": digest(document)}, indent=2) + "\n"
+
+
+def _skipped(failures: Iterable[Failure]) -> list[dict[str, str]]:
+    return [{"variant": failure.name, "reason": failure.reason} for failure in failures]
 
 
 def _measurement(measurement: Measurement) -> dict[str, Any]:

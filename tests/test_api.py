@@ -86,7 +86,7 @@ def test_a_bundle_loads_as_the_checkpoint_it_was_made_from(bundle: Bundle, check
 
 
 def test_every_artifact_is_verified_and_knows_the_accuracy_that_evaluate_finds(bundle: Bundle, digits: Dataset) -> None:
-    found = {row.variant: row.accuracy for row in api.evaluate(bundle.path, digits)}
+    found = {row.variant: row.accuracy for row in api.evaluate(bundle.path, digits).rows}
     known = {name: value for artifact in bundle.manifest.artifacts for name, value in artifact.accuracy.items()}
     assert {artifact.status for artifact in bundle.manifest.artifacts} == {"verified"}
     assert known == found
@@ -253,13 +253,13 @@ def test_evaluate_counts_what_the_checkpoints_module_gets_right(checkpoint: Chec
 
     images = fit(digits.test_images, checkpoint.preprocessing)
     correct = correct_top1(checkpoint.module(), images, digits.test_labels, checkpoint.preprocessing)
-    (row,) = api.evaluate(bundle.path / CHECKPOINT.path, digits, device="cpu")
+    (row,) = api.evaluate(bundle.path / CHECKPOINT.path, digits, device="cpu").rows
     assert (row.variant, row.correct, row.images) == ("eager/torch-cpu/fp32", correct, len(digits.test_images))
     assert row.ci95[0] < row.accuracy < row.ci95[1]
 
 
 def test_evaluate_of_one_artifact_has_that_artifacts_variants(bundle: Bundle, digits: Dataset) -> None:
-    rows = api.evaluate(bundle.path / TRACE.path, digits, device="cpu")
+    rows = api.evaluate(bundle.path / TRACE.path, digits, device="cpu").rows
     assert [row.variant for row in rows] == [v.name for v in VARIANTS if v.artifact is TRACE and v.device == "cpu"]
 
 

@@ -245,8 +245,8 @@ def test_training_on_the_gpu_learns_and_returns_weights_on_the_cpu(digits: Datas
 def test_evaluate_on_the_gpu_agrees_with_the_cpu(variant: Variant, bundle: Bundle, digits: Dataset) -> None:
     skip_where_unusable(variant)
     few = dataclasses.replace(digits, test_images=digits.test_images[:64], test_labels=digits.test_labels[:64])
-    on_gpu = {row.variant: row.correct for row in api.evaluate(bundle.path, few, device="cuda")}
-    (on_cpu,) = {row.correct for row in api.evaluate(bundle.path, few, device="cpu")}
+    on_gpu = {row.variant: row.correct for row in api.evaluate(bundle.path, few, device="cuda").rows}
+    (on_cpu,) = {row.correct for row in api.evaluate(bundle.path, few, device="cpu").rows}
     assert on_gpu[variant.name] == on_cpu
 
 

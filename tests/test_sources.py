@@ -113,8 +113,8 @@ def test_an_artifact_copied_out_of_its_bundle_predicts_by_its_own_metadata(
     assert open_source(alone).metadata == bundle.metadata
     [mine], [expected] = api.predict(alone, [image]), api.predict(bundle.path / file, [image])
     assert [label for label, _ in mine.top] == [label for label, _ in expected.top]
-    [row] = api.evaluate(alone, digits, device="cpu")
-    assert row.correct == api.evaluate(bundle.path / file, digits, device="cpu")[0].correct
+    [row] = api.evaluate(alone, digits, device="cpu").rows
+    assert row.correct == api.evaluate(bundle.path / file, digits, device="cpu").rows[0].correct
 
 
 @pytest.mark.parametrize("file", EXPORTED)

@@ -21,6 +21,7 @@ from lenet_deploy.bundle import Bundle
 from lenet_deploy.environment import capture
 from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile
 from lenet_deploy.records import (
+    AccuracyReport,
     AccuracyRow,
     BenchReport,
     Environment,
@@ -60,7 +61,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "parity": lambda: store.parity_json(PARITY),
     "bench": lambda: store.bench_json(BENCH),
     "doctor": lambda: store.doctor_json(STATUSES, ENVIRONMENT),
-    "evaluate": lambda: store.evaluate_json(ROWS, ENVIRONMENT),
+    "evaluate": lambda: store.evaluate_json(AccuracyReport(ROWS, (Failure("eager/torch-cuda/fp32", "no GPU"),), ENVIRONMENT)),
     "metrics": lambda: store.metrics_json(EPOCHS, {"lr": 0.003}, ENVIRONMENT),
 }
 each_kind = pytest.mark.parametrize("kind", DOCUMENTS)

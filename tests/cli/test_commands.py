@@ -186,12 +186,15 @@ def test_parity_json_to_standard_output_is_all_there_is_on_it(lenet: Run, bundle
 def test_variants_that_cannot_run_here_are_listed_as_skipped_with_the_reason(lenet: Run, bundle: Bundle) -> None:
     parity = lenet("parity", bundle.path, "--batch", "1", "--json", "-")
     bench = lenet("bench", bundle.path, "--batch", "1", "--scope", "device", "--rounds", "1", "--json", "-")
+    evaluate = lenet("evaluate", bundle.path, "--json", "-")
     skipped = [result for result in parity.document["results"] if result["status"] == "skipped"]
     on_cuda = {variant.name for variant in VARIANTS if variant.device == "cuda"}
-    assert (parity.code, bench.code) == (0, 0)
-    assert {result["variant"] for result in skipped} == {each["variant"] for each in bench.document["skipped"]} == on_cuda
+    assert (parity.code, bench.code, evaluate.code) == (0, 0, 0)
+    assert {result["variant"] for result in skipped} == on_cuda
+    assert {each["variant"] for each in bench.document["skipped"]} == {each["variant"] for each in evaluate.document["skipped"]} == on_cuda
     assert all("nvidia-smi" in result["reason"] or "install" in result["reason"] for result in skipped)
-    assert bench.err.count("skipped: ") == len(on_cuda)
+    assert bench.err.count("skipped: ") == evaluate.err.count("skipped: ") == len(on_cuda)
+    assert lenet("evaluate", bundle.path, "--quiet").err == ""
 
 
 BENCH_KEYS = {
@@ -265,11 +268,16 @@ def test_evaluate_takes_a_data_set_of_your_own(lenet: Run, bundle: Bundle, digit
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_a_fresh_model_is_said_to_be_fresh(command: str, lenet: Run, digits: Dataset) -> None:
+def test_a_fresh_model_is_said_to_be_fresh_and_its_seed_decides(command: str, lenet: Run, digits: Dataset) -> None:
     save(digits.test_images[0], Path("digit.png"))
-    done = lenet(command, "lenet5", *(["digit.png"] if command == "predict" else []), "--device", "cpu")
-    assert done.code == 0
-    assert "freshly initialised from seed 0" in done.out + done.err
+    arguments = (command, "lenet5", *(["digit.png"] if command == "predict" else []), "--device", "cpu")
+    first, other = (lenet(*arguments, "--seed", seed, "--json", "-") for seed in (0, 1))
+    assert (first.code, other.code) == (0, 0)
+    assert "freshly initialised from seed 0" in first.err
+    assert "freshly initialised from seed 1" in other.err
+    part = "rows" if command == "evaluate" else "predictions"
+    assert first.document[part] != other.document[part], "the seed decides the weights"
+    assert lenet(*arguments, "--quiet").err == ""
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
