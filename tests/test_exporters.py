@@ -142,7 +142,7 @@ def test_an_onnx_file_is_whole_and_passes_the_full_check(spec: ArtifactSpec, mod
     onnx.checker.check_model(content, full_check=True)
     proto = onnx.load_from_string(content)
     assert not any(tensor.external_data or tensor.data_location for tensor in proto.graph.initializer)
-    assert [prop.key for prop in proto.metadata_props] == [METADATA_KEY]
+    assert [prop.key for prop in proto.metadata_props] == [METADATA_KEY, onnx_exporters.DIGEST_KEY]
     assert not any(node.doc_string or node.metadata_props for node in proto.graph.node)
 
 

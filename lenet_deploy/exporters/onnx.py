@@ -15,8 +15,10 @@ from lenet_deploy.errors import DamagedFile
 from lenet_deploy.exporters import EXAMPLE_BATCH, METADATA_KEY, Exported, ExportFailed, ExportOptions
 from lenet_deploy.quiet import quiet_exporter
 from lenet_deploy.records import ArtifactMetadata
+from lenet_deploy.store import sha256
 
 OLDEST_OPSET = 17  # of both exporters for these models
+DIGEST_KEY = f"{METADATA_KEY}_sha256"  # protobuf has no checksum, and a flipped bit in a weight still parses
 NEWEST_TORCHSCRIPT_OPSET = 23  # beyond it torch prints its whole graph to standard output before it fails
 
 if TYPE_CHECKING:
@@ -69,19 +71,28 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
     """The JSON values that the exporters embedded; needs no torch model.
 
     Raises:
-        DamagedFile: not an ONNX file, or one without them.
+        DamagedFile: not an ONNX file, one without them, or one whose content is not what was exported.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load_from_string(data)
-        values = json.loads(next((prop.value for prop in model.metadata_props if prop.key == METADATA_KEY), "null"))
+        embedded = {prop.key: prop.value for prop in model.metadata_props}
+        values = json.loads(embedded.get(METADATA_KEY, "null"))
     except (DecodeError, ValueError) as error:
         raise DamagedFile(f"{where}: not a readable ONNX file ({error})") from None
     if not isinstance(values, dict):
         raise DamagedFile(f"{where}: it carries no lenet-deploy metadata; export it with lenet-deploy")
+    if embedded.get(DIGEST_KEY) != content_digest(model, embedded[METADATA_KEY]):
+        raise DamagedFile(f"{where}: its content is not what was exported; the file was altered, export it again")
     return values
+
+
+def content_digest(model: onnx.ModelProto, metadata: str) -> str:
+    """Hex digest of all that decides what the model computes: nodes, weights, operator sets, and its metadata as JSON text."""
+    opsets = sorted((each.domain, each.version) for each in model.opset_import)
+    return sha256(model.graph.SerializeToString(deterministic=True) + f"{opsets} {metadata}".encode())
 
 
 def _check_opset(opset: int, newest: int | None = None) -> None:
@@ -107,7 +118,8 @@ def _finish(model: onnx.ModelProto, metadata: ArtifactMetadata, options: ExportO
         del holder.metadata_props[:]
     for initializer in model.graph.initializer:
         del initializer.metadata_props[:]
-    onnx.helper.set_model_props(model, {METADATA_KEY: json.dumps(dataclasses.asdict(metadata), sort_keys=True)})
+    text = json.dumps(dataclasses.asdict(metadata), sort_keys=True)
+    onnx.helper.set_model_props(model, {METADATA_KEY: text, DIGEST_KEY: content_digest(model, text)})
     data = model.SerializeToString()
     onnx.checker.check_model(data, full_check=True)
     return Exported(data, {"exporter": exporter, "opset": opset, "ir_version": model.ir_version})
