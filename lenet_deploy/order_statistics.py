@@ -62,3 +62,13 @@ def wilson_ci95(successes: int, trials: int) -> tuple[float, float]:
     centre = (share + Z95**2 / (2 * trials)) / scale
     half_width = Z95 / scale * math.sqrt(share * (1 - share) / trials + Z95**2 / (4 * trials**2))
     return (max(0.0, centre - half_width), min(1.0, centre + half_width))
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value of McNemar's test (McNemar 1947): a sign test on the pairs that only one of two got right.
+
+    1.0 without such pairs: nothing speaks against equal accuracy.
+    """
+    pairs = only_first + only_second
+    tail = sum(math.comb(pairs, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**pairs)

@@ -129,17 +129,93 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Decisions:
+    """What a variant and the oracle decide on the same labelled images.
+
+    Attributes:
+        images: how many.
+        near_ties: images of another top class where the oracle's margin is within the error bound: rounding may decide either way.
+        true_flips: the other images of another top class.
+        oracle_correct, variant_correct: images whose top class is the label.
+        oracle_only, variant_only: images that only the one got right.
+    """
+
+    images: int
+    near_ties: int
+    true_flips: int
+    oracle_correct: int
+    variant_correct: int
+    oracle_only: int
+    variant_only: int
+
+    @property
+    def oracle_accuracy(self) -> float:
+        """Percent."""
+        return 100.0 * self.oracle_correct / self.images
+
+    @property
+    def variant_accuracy(self) -> float:
+        """Percent."""
+        return 100.0 * self.variant_correct / self.images
+
+    @property
+    def oracle_ci95(self) -> tuple[float, float]:
+        """95 % Wilson interval of the oracle's accuracy, percent."""
+        return _percent(order_statistics.wilson_ci95(self.oracle_correct, self.images))
+
+    @property
+    def variant_ci95(self) -> tuple[float, float]:
+        """95 % Wilson interval of the variant's accuracy, percent."""
+        return _percent(order_statistics.wilson_ci95(self.variant_correct, self.images))
+
+    @property
+    def mcnemar_p(self) -> float:
+        """McNemar's exact test: how likely so uneven a split of the discordant images is if both are equally accurate."""
+        return order_statistics.mcnemar_exact(self.oracle_only, self.variant_only)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One layer of a variant beside the oracle's.
+
+    Attributes:
+        graph: which form of the variant: `module`, `graph`, `optimised` or `unoptimised`.
+        layer: as the layer table calls it; `input` before the first and `output` behind the last.
+        tensor: the variant's own name of the layer's output.
+        max_abs_error: largest absolute difference from the oracle's layer; None where it is not finite or of another shape.
+        budget_used: share of the layer's tolerance; None as above.
+        passed: within its budget.
+    """
+
+    graph: str
+    layer: str
+    tensor: str
+    max_abs_error: float | None
+    budget_used: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
 class ParityResult:
-    """One variant on one input set at one batch size, judged against the float64 oracle.
+    """One check of one variant against the float64 oracle.
 
     Attributes:
         status: `pass`, `fail` or `skipped`.
-        inputs: name of the input set; empty when skipped.
+        reason: why it failed or was skipped; None for a pass.
+        inputs: name of the input set or of what was compared; None when the whole variant was skipped.
+        batch_size: images per launch; None for what needs no launch.
         max_abs_error: largest absolute difference from the oracle, in logits; None when skipped or not finite.
         rmse: root mean square of the differences.
         budget_used: largest share of the tolerance that an image used; 1.0 is the limit.
         top1_agreement: share of images with the oracle's top class, 0 to 1.
         first_divergent_layer: where a failure begins, where known.
+        check: one of CHECKS.
+        mean_abs_error: mean of the absolute differences.
+        max_rel_error, mean_rel_error: relative to the oracle's score, over the scores that are not zero; None where all are.
+        cosine: smallest cosine of an image's scores and the oracle's.
+        ulp_quantiles: `p50`, `p99` and `max` of the differences in units of the last place of the oracle's score.
+        decisions: for `decisions` only.
+        layers: every layer, where a failure was traced or `drill` asked for it.
     """
 
     variant: str
@@ -153,21 +229,46 @@ class ParityResult:
     top1_agreement: float | None = None
     first_divergent_layer: str | None = None
     node_providers: tuple[NodePlacement, ...] = ()
+    check: str = "outputs"
+    mean_abs_error: float | None = None
+    max_rel_error: float | None = None
+    mean_rel_error: float | None = None
+    cosine: float | None = None
+    ulp_quantiles: Mapping[str, float] | None = None
+    decisions: Decisions | None = None
+    layers: tuple[LayerError, ...] = ()
+
+
+# What a ParityResult can be about. `outputs`: scores against the oracle's. `consistency`: an image in a batch against the same
+# image alone. `permutation`: a permuted batch. `isolation`: NaN or infinity in one image of a batch. `decisions`: the top class on
+# the whole test split. `weights`: the tensors in the file. `placement`: where its nodes run.
+CHECKS = ("placement", "weights", "outputs", "consistency", "permutation", "isolation", "decisions")
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All results of one parity run."""
+    """All results of one parity run.
+
+    Attributes:
+        notes: what a reader should know, e.g. which images were used.
+        float32: what `fp32` meant on the GPU: `ieee` or `tf32`, by switch.
+    """
 
     results: tuple[ParityResult, ...]
     notes: tuple[str, ...]
     environment: Environment
+    float32: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         """`pass` when something was judged and nothing failed, else `fail`."""
         statuses = {result.status for result in self.results}
         return "pass" if "pass" in statuses and "fail" not in statuses else "fail"
+
+    @property
+    def not_run(self) -> tuple[ParityResult, ...]:
+        """The variants that could not run here, with the reason."""
+        return tuple(result for result in self.results if result.status == "skipped" and result.inputs is None)
 
 
 @dataclass(frozen=True)
@@ -270,8 +371,7 @@ class AccuracyRow:
     @property
     def ci95(self) -> tuple[float, float]:
         """95 % interval of the accuracy, percent."""
-        low, high = order_statistics.wilson_ci95(self.correct, self.images)
-        return (100.0 * low, 100.0 * high)
+        return _percent(order_statistics.wilson_ci95(self.correct, self.images))
 
 
 @dataclass(frozen=True)
@@ -312,3 +412,8 @@ class EpochStats:
     lr: float
     accuracy: float
     images_per_s: float
+
+
+def _percent(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    return (100.0 * low, 100.0 * high)
