@@ -29,9 +29,19 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the model's config, as in --set channels=8,16. Repeatable.")
 ]
 Variants = Annotated[str | None, typer.Option("--variants", metavar="GLOB,...", help="Variants by name, as in 'onnx/*,eager/*'.")]
+Require = Annotated[
+    str | None, typer.Option("--require", metavar="GLOB,...", help="Variants that have to be judged: exit 3 where one cannot run here.")
+]
+Drill = Annotated[bool, typer.Option("--drill", help="Compare every layer of every variant; without it, of those that fail.")]
+AllowTf32 = Annotated[
+    bool, typer.Option("--allow-tf32", help="Let float32 products on CUDA be TF32, in torch and ONNX Runtime, and judge them as such.")
+]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the results as JUnit XML.")]
 Batches = Annotated[str | None, typer.Option("--batch", metavar="N,...", help="Batch sizes.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON; - is standard output.")]
-Markdown = Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write the table as Markdown.")]
+Markdown = Annotated[
+    Path | None, typer.Option("--markdown", metavar="FILE", help="Write the results as Markdown; appends where it is $GITHUB_STEP_SUMMARY.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 
 

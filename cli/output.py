@@ -20,10 +20,17 @@ if TYPE_CHECKING:
     from lenet_deploy.report.table import Table
 
 
-def emit(table: Table, text: Callable[[], str], json_to: str | None, markdown_to: Path | None = None, *lines: str) -> None:
+def emit(
+    table: Table,
+    text: Callable[[], str],
+    json_to: str | None,
+    markdown_to: Path | None = None,
+    *lines: str,
+    markdown: Callable[[], str] | None = None,
+) -> None:
     """Print the table and `lines`, or the JSON alone with `--json -`; write the files that were asked for.
 
-    `text` makes the JSON document, if it is wanted.
+    `text` makes the JSON document, and `markdown` the Markdown one where that is more than the table, if they are wanted.
     """
     from lenet_deploy.report.table import to_markdown, to_text
     from lenet_deploy.store import write_file
@@ -31,7 +38,7 @@ def emit(table: Table, text: Callable[[], str], json_to: str | None, markdown_to
     if json_to not in (None, "-"):  # files first: the reader of standard output may have gone
         write_file(Path(str(json_to)), text().encode())
     if markdown_to is not None:
-        write_file(markdown_to, (to_markdown(table) + "\n").encode())
+        write_markdown(markdown_to, markdown() if markdown else to_markdown(table) + "\n")
     try:
         if json_to == "-":
             typer.echo(text(), nl=False)
@@ -40,6 +47,38 @@ def emit(table: Table, text: Callable[[], str], json_to: str | None, markdown_to
         sys.stdout.flush()
     except BrokenPipeError:
         discard_stdout()  # the command still ends with its own exit code
+
+
+def write_markdown(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step, or append to it where it is the summary that GitHub shows for a job's step.
+
+    Raises:
+        CannotWrite: the system refused; `path` is as it was.
+    """
+    from lenet_deploy.store import cannot_write, write_file
+
+    data = text.encode()
+    if not _is_step_summary(path):
+        write_file(path, data)
+        return
+    try:
+        with path.open("ab", buffering=0) as file:  # unbuffered, so that nothing is left to be written after a refusal
+            before = file.tell()
+            data = b"\n\n" + data if before else data  # what others wrote may lack its last line break
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # the first refusal is the one to report
+                    file.truncate(before)
+                raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _is_step_summary(path: Path) -> bool:
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    return bool(summary) and path.resolve() == Path(str(summary)).resolve()
 
 
 def verdict(word: str, good: bool) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lenet_deploy import environment
 from lenet_deploy.errors import BadInput, GateFailed, Unusable, first_line
-from lenet_deploy.evaluation import accuracies, evaluate, predict
+from lenet_deploy.evaluation import evaluate, predict
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportReport", "ParityFailed", "benchmark", "check_parity", "doctor", "evaluate", "export", "load", "predict"]
 
+INPUTS = 256  # generated images of each kind; a larger batch repeats them
 MAX_BATCH = 65_536  # beyond it a batch is a typing mistake, and its buffers would not fit
 
 # Called with steps done, steps in all, and what is at work.
@@ -117,6 +118,8 @@ def export(
     from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.devices import parse_device
     from lenet_deploy.exporters import ExportOptions
+    from lenet_deploy.exporters.tensors import record
+    from lenet_deploy.models import find_model
     from lenet_deploy.records import Manifest
 
     specs = select_artifacts(formats, precisions)
@@ -134,10 +137,13 @@ def export(
             assert spec.exporter is not None
             try:
                 exported = spec.exporter()(source.module(), metadata, ExportOptions(opset))
+                details = dict(exported.details)
+                if spec.reader:
+                    details["tensors"] = list(record(source.weights, spec.reader()(exported.data), find_model(source.model).factors))
             except Exception as error:  # exporters raise what they like; each is reported and takes no other with it
                 left_out.append(Failure(spec.name, first_line(error)))
                 continue
-            artifacts.append(write_artifact(staging, spec.name, spec.format, spec.path, exported.data, exported.details))
+            artifacts.append(write_artifact(staging, spec.name, spec.format, spec.path, exported.data, details))
         if len(artifacts) == 1:
             reasons = "; ".join(f"{failure.name}: {failure.reason}" for failure in left_out)
             raise GateFailed(f"nothing could be exported, so {target} is as it was: {reasons}")
@@ -147,7 +153,7 @@ def export(
         report = check_parity(draft, device=device, dataset=images)
         if report.verdict == "fail":
             raise ParityFailed(f"an artifact does not compute the checkpoint's function, so {target} is as it was", report)
-        rows = _accuracies(draft, report, images, device) if images.name == source.dataset else ()
+        rows = _accuracies(report) if images.name == source.dataset else ()
         verified = tuple(_judged(artifact, report, rows) for artifact in artifacts)
         manifest = dataclasses.replace(manifest, artifacts=verified)
         write_manifest(staging, manifest)
@@ -164,38 +170,60 @@ def check_parity(
     batch_sizes: Sequence[int] | None = None,
     device: str = "auto",
     dataset: Dataset | None = None,
+    require: Iterable[str] = (),
+    drill: bool = False,
+    allow_tf32: bool = False,
     progress: Progress = _silent,
 ) -> ParityReport:
     """Judge every variant of a bundle against the float64 oracle of its own checkpoint.
 
     Args:
         variants: globs over variant names.
-        batch_sizes: each at least 1; 1, 2, 3 and 64 when None.
+        batch_sizes: each at least 1; `BATCH_SIZES` of `lenet_deploy.parity.check` when None.
         device: `auto` for every device, else only the variants of `cpu` or `cuda[:N]`.
-        dataset: real images; the bundle's own data set when None, where it is at hand, else the embedded digits.
+        dataset: labelled images; the bundle's own data set when None, where it is at hand, else the embedded digits.
+        require: globs over variant names that have to be judged; `ParityReport.missing` are those that could not.
+        drill: compare every layer of every variant, not only of those that fail.
+        allow_tf32: let float32 products on CUDA be TF32, and judge them by its tolerance.
 
     Raises:
-        BadInput: not a bundle, an unknown variant, a batch size below 1, or a file whose digest is not the manifest's.
+        BadInput: not a bundle, an unknown variant, a required one that is not selected, a batch size below 1, or a file whose digest
+            is not the manifest's.
         Unusable: `device` does not work here.
     """
-    from lenet_deploy.parity.check import BATCH_SIZES, check_variant
+    from lenet_deploy.devices import float32_state
+    from lenet_deploy.parity.check import BATCH_SIZES, Trial, check_variant
     from lenet_deploy.parity.inputs import input_sets
+    from lenet_deploy.parity.weights import check_weights
 
     opened = _open(bundle)
     sizes = _batch_sizes(batch_sizes or BATCH_SIZES)
     selected = on_device(bundle_variants(opened, variants), device)
+    required = tuple(variant.name for variant in bundle_variants(opened, require))
+    unselected = set(required) - {variant.name for variant in selected}
+    if unselected:
+        raise BadInput(f"{', '.join(sorted(unselected))} is required but not selected; widen the variants or the device asked for")
     source, checkpoint = bundle_source(opened), bundle_checkpoint(opened)
     images = dataset or parity_dataset(checkpoint)
-    inputs = input_sets(checkpoint, images, max(sizes))
     notes = []
     if checkpoint.dataset not in (None, images.name):
         notes.append(f"real images are from {images.name}, not from {checkpoint.dataset}, which the model was trained on")
+    progress(0, len(selected) + 1, "oracle")
     results: list[ParityResult] = []
-    with computing(device):
-        for number, variant in enumerate(selected):
-            progress(number, len(selected), variant.name)
-            results += check_variant(variant, source.read(variant), inputs, sizes, device_of(variant, device))
-    return ParityReport(tuple(results), tuple(notes), environment.capture())
+    with computing(device, allow_tf32):
+        inputs = input_sets(checkpoint, images, INPUTS)
+        trial = Trial(inputs, sizes, checkpoint.config.layers(), checkpoint.module().double(), drill, allow_tf32)
+        for number, variant in enumerate(selected, 1):
+            progress(number, len(selected) + 1, variant.name)
+            data = source.read(variant)
+            ran = check_variant(variant, data, trial, device_of(variant, device))
+            weights = check_weights(variant, data, artifact_of(opened, variant).details, checkpoint.weights)
+            # What does not run here is skipped, unless its file alone is already wrong.
+            if weights and (weights.status == "fail" or ran[0].status != "skipped" or ran[0].inputs):
+                results.append(weights)
+            results += ran
+        state = float32_state()
+    return ParityReport(tuple(results), tuple(notes), environment.capture(), state, required)
 
 
 def benchmark(
@@ -290,10 +318,13 @@ def _open(bundle: str | Path | Bundle) -> Bundle:
     return open_bundle(Path(bundle)) if isinstance(bundle, (str, Path)) else bundle
 
 
-def _accuracies(bundle: Bundle, report: ParityReport, dataset: Dataset, device: str) -> tuple[AccuracyRow, ...]:
-    ran = {result.variant for result in report.results if result.status == "pass"}
-    variants = (variant for variant in bundle_variants(bundle, ("*",)) if variant.name in ran)
-    return accuracies(bundle_source(bundle), variants, dataset, device)[0]
+def _accuracies(report: ParityReport) -> tuple[AccuracyRow, ...]:
+    """What parity counted on the test split, of the variants that ran."""
+    return tuple(
+        AccuracyRow(result.variant, result.decisions.variant_correct, result.decisions.images)
+        for result in report.results
+        if result.decisions
+    )
 
 
 def _judged(artifact: Artifact, report: ParityReport, rows: Sequence[AccuracyRow]) -> Artifact:

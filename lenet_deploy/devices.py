@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -51,31 +52,52 @@ def probe_torch(name: str, device: str) -> RuntimeStatus:
     return RuntimeStatus(name, True, f"torch {torch.__version__}, {where}")
 
 
-@contextlib.contextmanager
-def strict_float32() -> Iterator[None]:
-    """Pin torch's convolutions and matrix products on CUDA to full float32, and restore what was set before.
+def _switches() -> dict[str, Any]:
+    """Every torch switch that decides what a float32 product is; each has `fp32_precision`, `ieee` for full float32."""
+    backends: Any = torch.backends  # some are set at run time, and torch's annotations do not know them
+    return {
+        "torch.cuda.matmul": backends.cuda.matmul,
+        "torch.cudnn.conv": backends.cudnn.conv,
+        "torch.mkldnn.matmul": backends.mkldnn.matmul,
+        "torch.mkldnn.conv": backends.mkldnn.conv,
+    }
 
-    ONNX Runtime's own switch is set per session. Without this torch convolves in TF32 by default, and a comparison of
-    runtimes would compare precisions.
+
+@contextlib.contextmanager
+def float32_precision(allow_tf32: bool = False) -> Iterator[None]:
+    """Pin torch's convolutions and matrix products to full float32, or those on CUDA to TF32, and restore what was set before.
+
+    ONNX Runtime's own switch is set per session, from `tf32_allowed`. Without this torch convolves in TF32 by default, and a comparison
+    of runtimes would compare precisions. The CPU's products stay in full float32 either way: TF32 is the GPU's.
     """
-    knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]  # conv is set at run time
-    before = [knob.fp32_precision for knob in knobs]
+    before = {name: switch.fp32_precision for name, switch in _switches().items()}
     try:
-        for knob in knobs:
-            knob.fp32_precision = "ieee"
+        for name, switch in _switches().items():
+            switch.fp32_precision = "tf32" if allow_tf32 and "mkldnn" not in name else "ieee"
         yield
     finally:
-        for knob, value in zip(knobs, before, strict=True):
-            knob.fp32_precision = value
+        for name, switch in _switches().items():
+            switch.fp32_precision = before[name]
+
+
+def tf32_allowed() -> bool:
+    """Whether the products of float32 on CUDA may be TF32 now: what ONNX Runtime is told."""
+    return bool(_switches()["torch.cuda.matmul"].fp32_precision == "tf32")
+
+
+def float32_state() -> dict[str, str]:
+    """What float32 means now, by switch: `ieee` or `tf32`."""
+    state = {name: str(switch.fp32_precision) for name, switch in _switches().items()}
+    return {**state, "onnxruntime.cuda": "tf32" if tf32_allowed() else "ieee"}
 
 
 @contextlib.contextmanager
-def computing_on(device: torch.device) -> Iterator[None]:
-    """Strict float32, no gradients and, on CUDA, a stream of our own as torch's current one.
+def computing_on(device: torch.device, allow_tf32: bool = False) -> Iterator[None]:
+    """Float32 as asked for (strict by default), no gradients and, on CUDA, a stream of our own as torch's current one.
 
     ONNX Runtime takes a caller's stream only if it is not the default one, so all runtimes share this one.
     """
-    with strict_float32(), torch.inference_mode():
+    with float32_precision(allow_tf32), torch.inference_mode():
         if device.type != "cuda":
             yield
             return

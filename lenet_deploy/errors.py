@@ -7,6 +7,7 @@
     |   `-- DamagedFile      truncated, tampered with, foreign or unreadable
     |-- GateFailed           a check said no: parity, or nothing could be exported (1)
     |-- Unusable             the runtime or device asked for does not work here    (3)
+    |   `-- Misplaced        it works, and would run some nodes elsewhere
     `-- CannotWrite          the disk is full, read-only or in the way             (5)
 
 The library raises, the command line maps: exit codes live in `cli/errors.py` alone.
@@ -16,6 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lenet_deploy.records import NodePlacement
 
 
 class LenetDeployError(Exception):
@@ -50,6 +55,14 @@ class GateFailed(LenetDeployError):
 
 class Unusable(LenetDeployError):
     """A runtime or device that does not work on this machine; the message carries the fix."""
+
+
+class Misplaced(Unusable):
+    """A graph of which the runtime would place nodes elsewhere than asked; carries every node's placement."""
+
+    def __init__(self, message: str, placement: tuple[NodePlacement, ...]) -> None:
+        super().__init__(message)
+        self.placement = placement
 
 
 class CannotWrite(LenetDeployError):

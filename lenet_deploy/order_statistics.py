@@ -71,4 +71,4 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     """
     pairs = only_first + only_second
     tail = sum(math.comb(pairs, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**pairs)
+    return min(1.0, 2 * tail / (1 << pairs))

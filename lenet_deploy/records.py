@@ -252,12 +252,14 @@ class ParityReport:
     Attributes:
         notes: what a reader should know, e.g. which images were used.
         float32: what `fp32` meant on the GPU: `ieee` or `tf32`, by switch.
+        required: variants that have to be judged.
     """
 
     results: tuple[ParityResult, ...]
     notes: tuple[str, ...]
     environment: Environment
     float32: Mapping[str, str] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -269,6 +271,11 @@ class ParityReport:
     def not_run(self) -> tuple[ParityResult, ...]:
         """The variants that could not run here, with the reason."""
         return tuple(result for result in self.results if result.status == "skipped" and result.inputs is None)
+
+    @property
+    def missing(self) -> tuple[ParityResult, ...]:
+        """Those of `not_run` that are required."""
+        return tuple(result for result in self.not_run if result.variant in self.required)
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,8 @@ def device_of(variant: Variant, device: str) -> str | None:
     return device if device.startswith("cuda") and variant.device == "cuda" else None
 
 
-def computing(device: str) -> contextlib.AbstractContextManager[None]:
+def computing(device: str, allow_tf32: bool = False) -> contextlib.AbstractContextManager[None]:
     """The one torch state and stream that all sessions of a run share."""
     from lenet_deploy.devices import computing_on, parse_device
 
-    return computing_on(parse_device(device))
+    return computing_on(parse_device(device), allow_tf32)

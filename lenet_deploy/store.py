@@ -17,6 +17,7 @@ from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, first_line
 from lenet_deploy.records import (
     AccuracyReport,
     BenchReport,
+    Decisions,
     Environment,
     EpochStats,
     Failure,
@@ -140,8 +141,9 @@ def parse(text: bytes, kind: str, version: int, where: Path) -> dict[str, Any]:
 
 def parity_json(report: ParityReport) -> str:
     """`parity` JSON, schema version 1."""
-    results = [dataclasses.asdict(result) for result in report.results]
-    return dump("parity", 1, report.environment, {"verdict": report.verdict, "notes": report.notes, "results": results})
+    results = [{**dataclasses.asdict(result), "decisions": _decisions(result.decisions)} for result in report.results]
+    body = {"verdict": report.verdict, "notes": report.notes, "float32": dict(report.float32), "results": results}
+    return dump("parity", 1, report.environment, body)
 
 
 def bench_json(report: BenchReport) -> str:
@@ -190,6 +192,19 @@ def manifest_json(manifest: Manifest) -> str:
 
 def _skipped(failures: Iterable[Failure]) -> list[dict[str, str]]:
     return [{"variant": failure.name, "reason": failure.reason} for failure in failures]
+
+
+def _decisions(decisions: Decisions | None) -> dict[str, Any] | None:
+    if decisions is None:
+        return None
+    return {
+        **dataclasses.asdict(decisions),
+        "oracle_accuracy": decisions.oracle_accuracy,
+        "oracle_ci95": decisions.oracle_ci95,
+        "variant_accuracy": decisions.variant_accuracy,
+        "variant_ci95": decisions.variant_ci95,
+        "mcnemar_p": decisions.mcnemar_p,
+    }
 
 
 def _measurement(measurement: Measurement) -> dict[str, Any]:

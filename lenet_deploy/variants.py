@@ -5,7 +5,7 @@ A new variant is one entry here. A new runtime is one file in `runtimes/` and on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, cast
 from lenet_deploy.errors import UnknownName
 
 if TYPE_CHECKING:
-    from lenet_deploy.exporters import Exporter
+    from lenet_deploy.exporters import Exporter, Reader
     from lenet_deploy.runtimes import Runtime, Session
+    from lenet_deploy.runtimes.traces import Trace
 
 
 def _trace() -> Exporter:
@@ -40,6 +41,18 @@ def _onnx_torchscript() -> Exporter:
     from lenet_deploy.exporters import onnx
 
     return onnx.export_torchscript
+
+
+def _torchscript_tensors() -> Reader:
+    from lenet_deploy.exporters import torchscript
+
+    return torchscript.read_tensors
+
+
+def _onnx_tensors() -> Reader:
+    from lenet_deploy.exporters import onnx
+
+    return onnx.read_tensors
 
 
 def _eager() -> Runtime:
@@ -70,6 +83,7 @@ class ArtifactSpec:
         precision: what `--precision` calls it.
         path: its file name in a bundle.
         exporter: loads the function that makes it; None for the checkpoint, which every bundle holds.
+        reader: loads the function that reads its tensors back; None for the checkpoint, and for a format that does not expose them.
     """
 
     name: str
@@ -77,6 +91,7 @@ class ArtifactSpec:
     precision: str
     path: str
     exporter: Callable[[], Exporter] | None
+    reader: Callable[[], Reader] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,12 +129,18 @@ class Variant:
         """Open verified artifact bytes; `device` may name one CUDA device (see `Runtime.open_session`)."""
         return self.runtime.load().open_session(data, input_shape, device or self.device)
 
+    def open_traces(
+        self, data: bytes, input_shape: tuple[int, int, int], device: str | None = None
+    ) -> AbstractContextManager[Mapping[str, Trace]]:
+        """Open the same bytes to look inside (see `Runtime.open_traces`)."""
+        return self.runtime.load().open_traces(data, input_shape, device or self.device)
+
 
 CHECKPOINT = ArtifactSpec("checkpoint", "checkpoint", "fp32", "checkpoint.safetensors", None)
-TRACE = ArtifactSpec("torchscript-trace-fp32", "torchscript", "fp32", "model.trace.pt", _trace)
-SCRIPT = ArtifactSpec("torchscript-script-fp32", "torchscript", "fp32", "model.script.pt", _script)
-ONNX = ArtifactSpec("onnx-fp32", "onnx", "fp32", "model.onnx", _onnx_dynamo)
-ONNX_TS = ArtifactSpec("onnx-ts-fp32", "onnx", "fp32", "model.ts.onnx", _onnx_torchscript)
+TRACE = ArtifactSpec("torchscript-trace-fp32", "torchscript", "fp32", "model.trace.pt", _trace, _torchscript_tensors)
+SCRIPT = ArtifactSpec("torchscript-script-fp32", "torchscript", "fp32", "model.script.pt", _script, _torchscript_tensors)
+ONNX = ArtifactSpec("onnx-fp32", "onnx", "fp32", "model.onnx", _onnx_dynamo, _onnx_tensors)
+ONNX_TS = ArtifactSpec("onnx-ts-fp32", "onnx", "fp32", "model.ts.onnx", _onnx_torchscript, _onnx_tensors)
 
 EAGER = RuntimeEntry("eager", _eager)
 TORCHSCRIPT = RuntimeEntry("torchscript", _torchscript)

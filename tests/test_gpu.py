@@ -13,7 +13,7 @@ from lenet_deploy.bench.plan import SCOPES
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise
-from lenet_deploy.devices import computing_on, parse_device, strict_float32, synchronise
+from lenet_deploy.devices import computing_on, parse_device, float32_precision, synchronise
 from lenet_deploy.errors import DamagedFile, Unusable
 from lenet_deploy.parity.check import BATCH_SIZES, run_batch
 from lenet_deploy.parity.judge import judge
@@ -186,7 +186,7 @@ def relative_budget_used(output: torch.Tensor, exact: torch.Tensor) -> float:
     return judged.budget_used
 
 
-def test_strict_float32_keeps_convolutions_and_products_within_float32_and_tf32_would_not() -> None:
+def test_float32_precision_keeps_convolutions_and_products_within_float32_and_tf32_would_not() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(4, 64, 32, 32, generator=generator)
     weight = torch.randn(64, 64, 3, 3, generator=generator)
@@ -205,7 +205,7 @@ def test_strict_float32_keeps_convolutions_and_products_within_float32_and_tf32_
     try:
         for knob in knobs:
             knob.fp32_precision = "tf32"
-        with strict_float32():
+        with float32_precision():
             strict = used()
         loose = used()
     finally:

@@ -13,7 +13,7 @@ from lenet_deploy import api, devices
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise
-from lenet_deploy.devices import computing_on, parse_device, strict_float32
+from lenet_deploy.devices import computing_on, parse_device, float32_precision
 from lenet_deploy.errors import BadInput, DamagedFile, Unusable
 from lenet_deploy.parity.check import run_batch
 from lenet_deploy.parity.judge import judge
@@ -257,13 +257,13 @@ def test_a_torch_built_without_cuda_is_named_as_the_reason(monkeypatch: pytest.M
     assert (status.fix or "").startswith("pip install torch")
 
 
-def test_strict_float32_sets_and_restores_both_knobs() -> None:
+def test_float32_precision_sets_and_restores_both_knobs() -> None:
     knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     outside = [knob.fp32_precision for knob in knobs]
     try:
         for knob in knobs:
             knob.fp32_precision = "tf32"
-        with strict_float32():
+        with float32_precision():
             assert [knob.fp32_precision for knob in knobs] == ["ieee", "ieee"]
         assert [knob.fp32_precision for knob in knobs] == ["tf32", "tf32"]
     finally:
@@ -271,16 +271,16 @@ def test_strict_float32_sets_and_restores_both_knobs() -> None:
             knob.fp32_precision = value
 
 
-def fail_inside_strict_float32() -> None:
-    with strict_float32():
+def fail_inside_float32_precision() -> None:
+    with float32_precision():
         raise KeyError("inside")
 
 
-def test_strict_float32_restores_after_an_exception() -> None:
+def test_float32_precision_restores_after_an_exception() -> None:
     knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [knob.fp32_precision for knob in knobs]
     with pytest.raises(KeyError, match="inside"):
-        fail_inside_strict_float32()
+        fail_inside_float32_precision()
     assert [knob.fp32_precision for knob in knobs] == before
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from lenet_deploy.records import ArtifactMetadata
@@ -41,3 +42,7 @@ class ExportFailed(Exception):
 
 # A module in eval mode on the CPU, what to embed, what to choose -> the artifact.
 Exporter: TypeAlias = "Callable[[nn.Module, ArtifactMetadata, ExportOptions], Exported]"
+
+# An artifact's bytes -> its floating-point and quantised tensors by name, in the order that they are first used in; nothing is run.
+# Raises DamagedFile for what it cannot read in full.
+Reader: TypeAlias = "Callable[[bytes], Mapping[str, torch.Tensor]]"

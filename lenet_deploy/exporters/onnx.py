@@ -6,12 +6,13 @@ import dataclasses
 import io
 import json
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lenet_deploy.errors import DamagedFile
+from lenet_deploy.errors import DamagedFile, first_line
 from lenet_deploy.exporters import EXAMPLE_BATCH, METADATA_KEY, Exported, ExportFailed, ExportOptions
 from lenet_deploy.quiet import quiet_exporter
 from lenet_deploy.records import ArtifactMetadata
@@ -20,6 +21,8 @@ from lenet_deploy.store import sha256
 OLDEST_OPSET = 17  # of both exporters for these models
 DIGEST_KEY = f"{METADATA_KEY}_sha256"  # protobuf has no checksum, and a flipped bit in a weight still parses
 NEWEST_TORCHSCRIPT_OPSET = 23  # beyond it torch prints its whole graph to standard output before it fails
+COMPARED_TYPES = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "INT8", "UINT8", "INT16", "UINT16", "INT32")
+IGNORED_TYPES = ("INT64", "BOOL", "STRING")  # shapes, axes, masks and names; never weights
 
 if TYPE_CHECKING:
     import onnx
@@ -89,10 +92,67 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
     return values
 
 
+def read_tensors(data: bytes) -> dict[str, torch.Tensor]:
+    """The tensors that nodes take from initialisers and constants; see `Reader`."""
+    import onnx
+
+    try:
+        graph = _plain_graph(onnx.load_from_string(data))
+        stored = [*((tensor.name, tensor) for tensor in graph.initializer), *_constants(graph)]
+        held = dict(stored)
+        if len(held) != len(stored):
+            raise DamagedFile("two tensors of the ONNX file share a name")
+        used = dict.fromkeys(name for node in graph.node for name in node.input)
+        kinds = {name: onnx.TensorProto.DataType.Name(held[name].data_type) for name in used if name in held}
+        return {name: _tensor(name, held[name], kind) for name, kind in kinds.items() if kind not in IGNORED_TYPES}
+    except DamagedFile:
+        raise
+    except Exception as error:  # damaged bytes make protobuf and numpy fail in every way there is
+        raise DamagedFile(f"the tensors of the ONNX file cannot be read ({first_line(error)})") from None
+
+
 def content_digest(model: onnx.ModelProto, metadata: str) -> str:
     """Hex digest of all that decides what the model computes: nodes, weights, operator sets, and its metadata as JSON text."""
     opsets = sorted((each.domain, each.version) for each in model.opset_import)
     return sha256(model.graph.SerializeToString(deterministic=True) + f"{opsets} {metadata}".encode())
+
+
+def _plain_graph(model: onnx.ModelProto) -> onnx.GraphProto:
+    """The model's graph, where it is all there is: what were left unread could not be vouched for."""
+    nested = any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute)
+    if nested or model.functions or model.graph.sparse_initializer:
+        raise DamagedFile("the ONNX file holds subgraphs, functions or sparse tensors, whose values are not read back")
+    return model.graph
+
+
+def _constants(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """The values of Constant nodes by the name of their output; whole numbers and text are none that could be weights."""
+    import numpy
+    from onnx import numpy_helper
+
+    for node in graph.node:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.name == "value":
+                yield node.output[0], attribute.t
+            elif attribute.name in ("value_float", "value_floats"):
+                number = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+                yield node.output[0], numpy_helper.from_array(numpy.array(number, dtype=numpy.float32))
+            elif attribute.name == "sparse_value":
+                raise DamagedFile(f"tensor {node.output[0]} of the ONNX file is sparse, whose values are not read back")
+
+
+def _tensor(name: str, stored: onnx.TensorProto, kind: str) -> torch.Tensor:
+    """One stored tensor, bit for bit."""
+    from onnx import numpy_helper
+
+    if stored.external_data or stored.data_location:
+        raise DamagedFile(f"tensor {name} lies outside the ONNX file; export the model in one file")
+    if kind not in COMPARED_TYPES:
+        raise DamagedFile(f"tensor {name} of the ONNX file has type {kind}, which cannot be compared")
+    array = numpy_helper.to_array(stored)
+    if kind == "BFLOAT16":  # numpy has no such type, and torch does not know the one that onnx takes for it
+        return torch.from_numpy(array.view("uint16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
 
 
 def _check_opset(opset: int, newest: int | None = None) -> None:

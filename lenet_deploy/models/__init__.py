@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lenet_deploy.errors import BadInput, UnknownName
-from lenet_deploy.models.config import LeNet5Config, LeNet1998Config, configure, from_values
+from lenet_deploy.models.config import SQUASH_SLOPE, SUBSAMPLED_PIXELS, LeNet5Config, LeNet1998Config, configure, from_values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,7 @@ class Model:
         defaults: its configuration when nothing is set.
         build: turns a configuration into an untrained module.
         pixel_range: what normalisation maps black and white to.
+        factors: constants that its forward multiplies with weights or with what is linear in them, so exporters may fold them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Model:
     defaults: LeNet5Config | LeNet1998Config
     build: Callable[[Any], nn.Module]
     pixel_range: tuple[float, float] = (0.0, 1.0)
+    factors: tuple[float, ...] = ()
 
     def configured(self, settings: Mapping[str, str]) -> LeNet5Config | LeNet1998Config:
         """The defaults with `KEY=VALUE` settings applied; raises UnknownName or InvalidConfig."""
@@ -68,6 +70,7 @@ MODELS: tuple[Model, ...] = (
         LeNet1998Config(),
         _lenet1998,
         pixel_range=(-0.1, 1.175),  # the paper's background and foreground, which give roughly zero mean and unit variance
+        factors=(SUBSAMPLED_PIXELS, SQUASH_SLOPE),
     ),
 )
 

@@ -17,6 +17,11 @@ ACTIVATIONS = ("relu", "tanh")
 MAX_SIDE = 1024  # of anything a config counts: beyond it a LeNet is a typing mistake
 MAX_PARAMETERS = 100_000_000  # 400 MB in float32, so that a mistyped config is refused and not allocated
 
+# What the 1998 network multiplies by: its squashing is tanh of 2x/3, its subsampling four times the mean of a block.
+# lenet5_1998 spells them out again, since torch.jit.script takes no global numbers; a test holds the two together.
+SQUASH_SLOPE = 2.0 / 3.0
+SUBSAMPLED_PIXELS = 4.0
+
 # The 1998 paper's Table I: which of the six S2 maps each of the sixteen C3 maps sees. One row an S2 map.
 C3_CONNECTIONS: tuple[tuple[int, ...], ...] = (
     (0, 4, 5, 6, 9, 10, 11, 12, 14, 15),

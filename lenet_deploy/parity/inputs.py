@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise
+from lenet_deploy.parity.judge import TOLERANCES
+from lenet_deploy.runtimes.eager import trace_module
 
 SEED = 0
+LARGE = 1e4
+SUBNORMAL = 1e-39  # times a standard normal value: below float32's smallest normal number, 1.2e-38
+MAX_PIXELS = 4096  # one-hot images; a larger input has a seeded choice of its pixels
+DRAWS = 2
+CHUNK = 32  # images at once: torch's float64 convolution was fastest where its buffers stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,21 +31,158 @@ class InputSet:
         name: as results show it.
         images: float32 (N, C, H, W), ready for the model.
         oracle: float64 (N, classes): the checkpoint's weights evaluated eagerly in float64 on the CPU.
+        peak: largest magnitude of an input, an intermediate value or a score of the oracle.
+        smallest: smallest magnitude of an input that is not zero; infinity where all are.
+        eager_rmse: takes a precision and returns float64 (N,), the root mean square error of torch's eager mode in it on the CPU; None
+            where the precision has no rounding rule.
+        condition: takes a precision and returns float64 (N,), at least 1: how far an image's scores move, in shares of the largest,
+            per unit of relative change in weights and pixels, for changes of the size of the precision's epsilon.
+        labels: int64 (N,) where they are known.
+
+    `eager_rmse` and `condition` are computed when first asked for, once a precision.
     """
 
     name: str
     images: torch.Tensor
     oracle: torch.Tensor
+    peak: float
+    smallest: float
+    eager_rmse: Callable[[str], torch.Tensor | None]
+    condition: Callable[[str], torch.Tensor]
+    labels: torch.Tensor | None = None
 
 
 def input_sets(checkpoint: Checkpoint, dataset: Dataset, count: int) -> tuple[InputSet, ...]:
-    """`count` real images from `dataset`'s test split (cycled where it has fewer) and `count` standard normal ones."""
-    real = dataset.test_images[torch.arange(count) % len(dataset.test_images)]
+    """Every input set of a checkpoint.
+
+    The whole test split of `dataset`; `count` each of standard normal images, uniform ones over the input range, large and
+    subnormal ones; constants; and one image for each pixel that alone is one.
+    """
+    spec = checkpoint.preprocessing
+    shape = spec.input_shape
     generator = torch.Generator().manual_seed(SEED)
-    candidates = (
-        (f"{dataset.name} test images", normalise(fit(real, checkpoint.preprocessing), checkpoint.preprocessing)),
-        (f"normal, seed {SEED}", torch.randn(count, *checkpoint.preprocessing.input_shape, generator=generator)),
+    low, high = ((edge - spec.mean[0]) / spec.std[0] for edge in (0.0, 1.0))
+    normal = torch.randn(count, *shape, generator=generator)
+    uniform = low + (high - low) * torch.rand(count, *shape, generator=generator)
+    constants = torch.tensor(tuple(dict.fromkeys((0.0, 1.0, low, high)))).view(-1, 1, 1, 1).expand(-1, *shape)
+    built = functools.partial(_built, checkpoint)
+    return (
+        built(f"{dataset.name} test split", normalise(fit(dataset.test_images, spec), spec), dataset.test_labels),
+        built(f"normal, seed {SEED}", normal),
+        built(f"uniform, seed {SEED}", uniform),
+        built("constants", constants.contiguous()),
+        built("one-hot pixels", _one_hot(shape, generator)),
+        built(f"large, normal x {LARGE:g}", normal * LARGE),
+        built(f"subnormal, normal x {SUBNORMAL:g}", normal * SUBNORMAL),
     )
-    oracle = checkpoint.module().double()
-    with torch.no_grad():
-        return tuple(InputSet(name, images, oracle(images.double())) for name, images in candidates)
+
+
+def _built(checkpoint: Checkpoint, name: str, images: torch.Tensor, labels: torch.Tensor | None = None) -> InputSet:
+    module = checkpoint.module().double()
+    oracle = _evaluated(lambda chunk: module(chunk.double()), images)
+    with torch.inference_mode():
+        # Of a sample: the peak decides only whether a format can hold the values, and every set is homogeneous.
+        peak = max(float(tap.value.abs().max()) for tap in trace_module(module, images[:: len(images) // CHUNK + 1].double()))
+    return InputSet(
+        name,
+        images,
+        oracle,
+        max(peak, float(oracle.abs().max())),
+        float(images.abs().masked_fill(images == 0, torch.inf).min()),
+        functools.cache(lambda precision: _eager_rmse(checkpoint, images, oracle, precision)),
+        functools.cache(lambda precision: _condition(checkpoint, images, oracle, precision)),
+        labels,
+    )
+
+
+def _eager_rmse(checkpoint: Checkpoint, images: torch.Tensor, oracle: torch.Tensor, precision: str) -> torch.Tensor | None:
+    if precision not in EAGER:
+        return None
+    scores = _evaluated(EAGER[precision](checkpoint.module()), images)
+    return (scores.double() - oracle).square().mean(dim=1).sqrt()
+
+
+def _condition(checkpoint: Checkpoint, images: torch.Tensor, oracle: torch.Tensor, precision: str) -> torch.Tensor:
+    """Measured on the oracle itself, with every weight and pixel moved up or down by one epsilon, at random, DRAWS times.
+
+    Rounding does the same to a healthy variant, so what this magnifies, that may be off by as much. It is near 1 for most images;
+    where tanh's slope or a difference of large numbers magnifies, no implementation can do better.
+    """
+    largest = oracle.abs().amax(dim=1).clamp_min(2.0**-1000)
+    found = torch.ones_like(largest)
+    if precision not in TOLERANCES:
+        return found
+    step = TOLERANCES[precision].epsilon
+    generator = torch.Generator().manual_seed(SEED)
+
+    def moved(values: torch.Tensor) -> torch.Tensor:
+        return values * (1 + step * (2.0 * torch.randint(0, 2, values.shape, generator=generator) - 1))
+
+    for _ in range(DRAWS):
+        module = checkpoint.module().double()
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.copy_(moved(tensor))
+        found = found.maximum((_evaluated(module, moved(images.double())) - oracle).abs().amax(dim=1) / (step * largest))
+    return found
+
+
+def _evaluated(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Scores of `images` in chunks, as many at a time as torch may use threads, each on one.
+
+    Torch's own threads meet in every operator. A LeNet's are so short that this gains nothing on an idle machine, and on a busy one
+    it was measured to take ten to forty times as long.
+    """
+    threads = torch.get_num_threads()
+
+    def one(chunk: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return run(chunk)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return torch.cat(list(pool.map(one, images.split(CHUNK))))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_dtype(dtype: torch.dtype) -> Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]:
+    def make(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        cast = module.to(dtype)
+        return lambda images: cast(images.to(dtype))
+
+    return make
+
+
+def _in_tf32(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """TF32 as tensor cores do it: operands of convolutions and matrix products rounded to 10 bits, sums in float32."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.weight.data = round_to_tf32(layer.weight.data)
+            layer.register_forward_pre_hook(lambda _, inputs: (round_to_tf32(inputs[0]),))
+    return module
+
+
+def round_to_tf32(values: torch.Tensor) -> torch.Tensor:
+    """Float32 rounded to TF32's 10 bits of mantissa, to nearest, ties away from zero (PTX ISA, cvt.rna.tf32.f32)."""
+    return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+# Eager in each precision that has a tolerance.
+EAGER: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "fp32": _in_dtype(torch.float32),
+    "tf32": _in_tf32,
+    "fp16": _in_dtype(torch.float16),
+    "bf16": _in_dtype(torch.bfloat16),
+}
+
+
+def _one_hot(shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
+    pixels = shape[0] * shape[1] * shape[2]
+    chosen = torch.arange(pixels)
+    if pixels > MAX_PIXELS:
+        chosen = torch.randperm(pixels, generator=generator)[:MAX_PIXELS].sort().values
+    images = torch.zeros(len(chosen), pixels)
+    images[torch.arange(len(chosen)), chosen] = 1.0
+    return images.view(-1, *shape)

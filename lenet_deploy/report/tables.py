@@ -10,6 +10,7 @@ from lenet_deploy.records import (
     Artifact,
     BenchReport,
     Environment,
+    LayerError,
     ParityReport,
     ParityResult,
     Prediction,
@@ -43,9 +44,36 @@ def parity_table(report: ParityReport) -> Table:
     for result in report.results:
         by_variant.setdefault(result.variant, []).append(result)
     return Table(
-        ("variant", "status", "checks", "max abs error", "budget used", "top-1", "reason"),
+        ("variant", "status", "checks", "max abs error", "budget used", "top-1", "diverges at", "reason"),
         tuple(_parity_row(variant, results) for variant, results in by_variant.items()),
     )
+
+
+def layer_error_table(errors: Iterable[LayerError]) -> Table:
+    """One row a layer of each form of a variant's graph."""
+    return Table(
+        ("graph", "layer", "tensor", "max abs error", "budget used", "status"),
+        tuple(
+            (
+                e.graph,
+                e.layer,
+                e.tensor,
+                "-" if e.max_abs_error is None else f"{e.max_abs_error:.2e}",
+                "-" if e.budget_used is None else f"{e.budget_used:.3g}",
+                "pass" if e.passed else "fail",
+            )
+            for e in errors
+        ),
+    )
+
+
+def layer_error_tables(report: ParityReport) -> tuple[tuple[str, Table], ...]:
+    """The first traced result of each variant: a title and its layers."""
+    first: dict[str, ParityResult] = {}
+    for result in report.results:
+        if result.layers:
+            first.setdefault(result.variant, result)
+    return tuple((f"{name}, {result.inputs}", layer_error_table(result.layers)) for name, result in first.items())
 
 
 def bench_table(report: BenchReport) -> Table:
@@ -102,19 +130,22 @@ def environment_line(environment: Environment) -> str:
 
 
 def _parity_row(variant: str, results: Sequence[ParityResult]) -> tuple[str, ...]:
-    bad = next((result for result in results if result.status != "pass"), None)
-    if bad and bad.status == "skipped":
-        return (variant, "skipped", "-", "-", "-", "-", bad.reason or "")
-    where = f"{bad.inputs}, batch {bad.batch_size}: {bad.reason}" if bad and bad.inputs else (bad.reason or "" if bad else "")
-    passed = sum(result.status == "pass" for result in results)
+    whole = next((result for result in results if result.status == "skipped" and result.inputs is None), None)
+    bad = next((result for result in results if result.status == "fail"), None)
+    if whole and not bad:
+        return (variant, "skipped", "-", "-", "-", "-", "-", whole.reason or "")
+    batch = f", batch {bad.batch_size}" if bad and bad.batch_size else ""
+    judged = [result for result in results if result.status != "skipped"]
+    against_oracle = [result for result in judged if result.check in ("outputs", "decisions")]
     return (
         variant,
         "fail" if bad else "pass",
-        f"{passed}/{len(results)}",
-        _worst((r.max_abs_error for r in results), max, "{:.2e}"),
-        _worst((r.budget_used for r in results), max, "{:.3g}"),
-        _worst((r.top1_agreement for r in results), min, "{:.2%}"),
-        where,
+        f"{sum(result.status == 'pass' for result in judged)}/{len(judged)}",
+        _worst((r.max_abs_error for r in against_oracle if r.inputs == against_oracle[0].inputs), max, "{:.2e}"),
+        _worst((r.budget_used for r in judged), max, "{:.3g}"),
+        _worst((r.top1_agreement for r in against_oracle), min, "{:.2%}"),
+        (bad.first_divergent_layer if bad else None) or "-",
+        f"{bad.inputs}{batch}: {bad.reason}" if bad and bad.inputs else (bad.reason or "" if bad else ""),
     )
 
 

@@ -7,6 +7,7 @@ copies belong to the caller, the same for every runtime.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from lenet_deploy.records import NodePlacement, RuntimeStatus
+    from lenet_deploy.runtimes.traces import Trace
 
 
 class Session(Protocol):
@@ -53,4 +55,12 @@ class Runtime(Protocol):
         Raises:
             Unusable: the device or runtime does not work here, or the session would run elsewhere than asked.
             DamagedFile: the bytes are not an artifact of this kind.
+        """
+
+    def open_traces(self, data: bytes, input_shape: tuple[int, int, int], device: str) -> AbstractContextManager[Mapping[str, Trace]]:
+        """Open the same bytes to look inside: a `Trace` for each form of the graph that the runtime can show, the one that runs first.
+
+        Raises:
+            Unusable: as `open_session`; or this runtime hides its intermediate tensors.
+            DamagedFile: as `open_session`.
         """

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lenet_deploy.devices import computing_on, parse_device, probe_torch
-from lenet_deploy.errors import DamagedFile, Unusable, first_line
+from lenet_deploy.devices import computing_on, parse_device, probe_torch, tf32_allowed
+from lenet_deploy.errors import DamagedFile, Misplaced, Unusable, first_line
 from lenet_deploy.quiet import captured_stderr
 from lenet_deploy.records import NodePlacement, RuntimeStatus
+from lenet_deploy.runtimes.traces import Tap, Trace
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FATAL = 4  # ORT's log severity: only what ends the process; every real failure also raises
@@ -109,7 +112,32 @@ def _installed(device: str) -> RuntimeStatus:
     return RuntimeStatus(name, True, f"onnxruntime {onnxruntime.__version__}, {provider}")
 
 
-def _create(data: bytes, device: torch.device) -> Any:
+@contextlib.contextmanager
+def open_traces(data: bytes, input_shape: tuple[int, int, int], device: str) -> Iterator[Mapping[str, Trace]]:
+    """See `Runtime.open_traces`."""
+    from lenet_deploy.runtimes.onnx_taps import every_tensor
+
+    target = parse_device(device)
+
+    def trace(model: bytes) -> Trace:
+        tapped = every_tensor(model)
+        session = _create(tapped.model, target, optimise=False)
+
+        def run(images: torch.Tensor) -> tuple[Tap, ...]:
+            values = session.run([output.name for output in session.get_outputs()], {session.get_inputs()[0].name: images.numpy()})
+            return tapped.taps(images, {output.name: value for output, value in zip(session.get_outputs(), values, strict=True)})
+
+        return run
+
+    # Outputs marked before optimisation would undo the fusions, so the optimised graph is saved first and marked then.
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "optimised.onnx"
+        _create(data, target, save_to=saved)
+        optimised = saved.read_bytes()
+    yield {"optimised": trace(optimised), "unoptimised": trace(data)}
+
+
+def _create(data: bytes, device: torch.device, optimise: bool = True, save_to: Path | None = None) -> Any:
     """An InferenceSession that runs wholly on `device`, or an error: ORT's own habit is to fall back to the CPU."""
     import onnxruntime
 
@@ -118,6 +146,10 @@ def _create(data: bytes, device: torch.device) -> Any:
     options.log_severity_level = FATAL
     options.intra_op_num_threads = torch.get_num_threads()  # the same number for every runtime on the CPU
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to:
+        options.optimized_model_filepath = str(save_to)
     provider_options: dict[str, str] = {}
     with captured_stderr() as said, contextlib.redirect_stdout(io.StringIO()):  # its Python layer prints, too
         if device.type == "cuda":
@@ -125,7 +157,7 @@ def _create(data: bytes, device: torch.device) -> Any:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             provider_options = {
                 "device_id": str(device.index or 0),
-                "use_tf32": "0",
+                "use_tf32": str(int(tf32_allowed())),
                 "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
             }
         try:
@@ -135,12 +167,26 @@ def _create(data: bytes, device: torch.device) -> Any:
             if device.type == "cpu":
                 raise DamagedFile(f"not an ONNX file that this onnxruntime runs ({reason})") from None
             _create(data, torch.device("cpu"))  # raises DamagedFile where the bytes are at fault and not the device
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")  # once more, to see which nodes it is about
+            try:
+                session = onnxruntime.InferenceSession(data, options, providers=[(wanted, provider_options)], enable_fallback=0)
+            except Exception:
+                session = None
+            if session is not None:
+                _check_placement(session, wanted)
             raise Unusable(f"{wanted} cannot run this graph whole: {cause(said()) or reason}; see lenet-deploy doctor") from None
-    strays = {f"{node.node} on {node.provider}" for node in _placement(session) if node.provider != wanted}
-    if strays or session.get_providers()[0] != wanted:
-        nodes = ", ".join(sorted(strays)) or f"everything on {session.get_providers()[0]}"
-        raise Unusable(f"onnxruntime would run elsewhere than {wanted}: {nodes}; see lenet-deploy doctor")
+    _check_placement(session, wanted)
     return session
+
+
+def _check_placement(session: Any, wanted: str) -> None:
+    """Raise Unusable where the provider did not load, Misplaced where it did and some nodes are not its own."""
+    if session.get_providers()[0] != wanted:
+        raise Unusable(f"onnxruntime would run everything on {session.get_providers()[0]} instead of {wanted}; see lenet-deploy doctor")
+    placement = _placement(session)
+    strays = sorted({f"{node.node} on {node.provider}" for node in placement if node.provider != wanted})
+    if strays:
+        raise Misplaced(f"onnxruntime would run {len(strays)} nodes elsewhere than on {wanted}: {', '.join(strays)}", placement)
 
 
 def cause(said: str) -> str | None:
