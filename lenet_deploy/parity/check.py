@@ -149,7 +149,7 @@ class _Run:
             chosen = torch.arange(size) % len(inputs.images)
             order = torch.randperm(size, generator=torch.Generator().manual_seed(SEED))
             straight, permuted = self._launch(inputs.images[chosen], size), self._launch(inputs.images[chosen[order]], size)
-            if isinstance(straight, torch.Tensor) and isinstance(permuted, torch.Tensor) and len(straight) == size:
+            if isinstance(straight, torch.Tensor) and len(straight) == size:  # where not, its outputs have failed already
                 agreed = self._agreed(permuted, straight[order], inputs, chosen[order])
                 yield self._finding("permutation", "permuted batch", size, agreed, inputs)
 
@@ -188,7 +188,9 @@ class _Run:
         )
         return dataclasses.replace(judged, worst=int(chosen[judged.worst]))
 
-    def _agreed(self, scores: torch.Tensor, others: torch.Tensor, inputs: InputSet, chosen: torch.Tensor) -> Judgement:
+    def _agreed(self, scores: torch.Tensor | str, others: torch.Tensor, inputs: InputSet, chosen: torch.Tensor) -> Judgement:
+        if isinstance(scores, str):
+            return Judgement(False, scores)
         judged = agree(scores, others, inputs.oracle[chosen], self._precision, inputs.condition(self._precision)[chosen])
         return dataclasses.replace(judged, worst=int(chosen[judged.worst]))
 

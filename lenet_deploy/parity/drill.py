@@ -123,7 +123,7 @@ def _error(graph: str, layer: str, tap: Tap, stage: _Stage, precision: str, cond
     wanted, value = stage.output.value, tap.value.double()
     if tap.padded and value.ndim == wanted.ndim and value.shape[1] > wanted.shape[1]:
         value = value[:, : wanted.shape[1]]
-    flat, target = value.flatten(1), wanted.flatten(1)
+    flat, target = (each.flatten(1) if each.ndim > 1 else each for each in (value, wanted))  # a reduction over the batch has no images
     if flat.shape != target.shape or not flat.isfinite().all():
         return LayerError(graph, layer, tap.name, None, None, False)
     error = (flat - target).abs()

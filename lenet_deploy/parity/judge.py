@@ -179,7 +179,7 @@ def weigh(decisions: Decisions, precision: str) -> Judgement:
     """Whether decisions may differ as they do: by near-ties only, or, in int8, by an accuracy at most MAX_ACCURACY_DROP lower."""
     agreement = 1.0 - (decisions.near_ties + decisions.true_flips) / decisions.images
     if precision not in TOLERANCES:
-        drop = decisions.oracle_accuracy - decisions.variant_accuracy
+        drop = 100.0 * (decisions.oracle_correct - decisions.variant_correct) / decisions.images  # exact at the limit; accuracies are not
         reason = f"accuracy drops by {drop:.2f} points, from {decisions.oracle_accuracy:.2f} %; {MAX_ACCURACY_DROP:g} are allowed"
         passed = drop <= MAX_ACCURACY_DROP
         return Judgement(passed, None if passed else reason, budget_used=max(drop, 0.0) / MAX_ACCURACY_DROP, top1_agreement=agreement)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lenet_deploy.errors import Unusable
 from lenet_deploy.runtimes.traces import CONV, DIFFERENCE, LINEAR, OTHER, POOL, Tap
 
 if TYPE_CHECKING:
@@ -108,4 +109,4 @@ def _channels(value: str, nodes: Sequence[onnx.NodeProto], weights: Mapping[str,
         if node.op_type == "Conv":
             return int(weights[node.input[1]].dims[1] * attributes.get("group", 1))
         return _channels(node.output[0], nodes, weights)
-    raise ValueError(f"{value} leads nowhere")
+    raise Unusable(f"the channels of {value} are not known")
