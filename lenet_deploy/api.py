@@ -212,7 +212,7 @@ def check_parity(
     results: list[ParityResult] = []
     with computing(device, allow_tf32):
         inputs = input_sets(checkpoint, images, INPUTS)
-        trial = Trial(inputs, sizes, checkpoint.config.layers(), checkpoint.module().double(), drill, allow_tf32)
+        trial = Trial(inputs, sizes, checkpoint, drill, allow_tf32)
         for number, variant in enumerate(selected, 1):
             progress(number, len(selected) + 1, variant.name)
             data = source.read(variant)

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 
 from lenet_deploy.exporters import ExportFailed
+from lenet_deploy.models.config import TENSOR_LAYERS
 
 PARAMETERS: Mapping[str, frozenset[str]] = {
     "scale": frozenset({"factor", "dtype"}),
@@ -87,8 +88,8 @@ class _Malformed(Exception):
 
 
 def layer_of(source: str) -> str:
-    """The layer of a checkpoint's tensor: its name up to the last dot, all of it where there is none."""
-    return source.rpartition(".")[0] or source
+    """The layer of a checkpoint's tensor, as the layer table calls it: its name up to the last dot, for most."""
+    return TENSOR_LAYERS.get(source) or source.rpartition(".")[0] or source
 
 
 def record(weights: Tensors, tensors: Tensors, factors: Collection[float]) -> tuple[Record, ...]:

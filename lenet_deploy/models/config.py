@@ -33,6 +33,10 @@ C3_CONNECTIONS: tuple[tuple[int, ...], ...] = (
 )
 
 
+# Layers of the tensors whose names do not begin with their layer's.
+TENSOR_LAYERS = {"prototypes": "rbf"}
+
+
 class ModelConfig(Protocol):
     """What every configuration offers; equal configurations build equal models."""
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.devices import synchronise
 from lenet_deploy.errors import DamagedFile, Misplaced, Unusable, first_line
-from lenet_deploy.models.layers import Layer
-from lenet_deploy.parity.drill import first_divergent, trace_errors
-from lenet_deploy.parity.inputs import SEED, InputSet
+from lenet_deploy.parity.drill import Healthy, first_divergent, trace_errors
+from lenet_deploy.parity.inputs import EAGER, SEED, InputSet
 from lenet_deploy.parity.judge import Judgement, agree, decide, judge, weigh, within_range
 from lenet_deploy.records import Decisions, LayerError, ParityResult
 from lenet_deploy.runtimes import Session
@@ -34,16 +33,14 @@ class Trial:
     Attributes:
         inputs: the first is the labelled test split.
         batch_sizes: the whole of each input set runs at the largest, its first images at the others.
-        layers: the model's layer table.
-        oracle: the checkpoint's module in float64, for the drill-down.
+        checkpoint: whose function it is.
         drill: trace each variant, whether it fails or not.
         allow_tf32: judge float32 on CUDA by TF32's tolerance.
     """
 
     inputs: tuple[InputSet, ...]
     batch_sizes: tuple[int, ...]
-    layers: tuple[Layer, ...]
-    oracle: nn.Module
+    checkpoint: Checkpoint
     drill: bool = False
     allow_tf32: bool = False
 
@@ -52,6 +49,12 @@ class Trial:
         """(C, H, W) of an input."""
         _, channels, height, width = self.inputs[0].images.shape
         return (channels, height, width)
+
+    def healthy(self, images: torch.Tensor, precision: str, condition: torch.Tensor) -> Healthy:
+        """What the layers of a variant in that precision should be on `images`."""
+        oracle = trace_module(self.checkpoint.module().double(), images.double())
+        eager = trace_module(EAGER[precision](self.checkpoint.module()), images) if precision in EAGER else None
+        return Healthy(oracle, eager, self.checkpoint.config.layers(), precision, condition)
 
     def precision(self, variant: Variant) -> str:
         """The tolerance that a variant is judged by: a key of TOLERANCES, or int8."""
@@ -263,10 +266,9 @@ def _layer_errors(
         for name, (inputs, worst) in wanted.items():
             block = slice(worst // TRACED * TRACED, worst // TRACED * TRACED + TRACED)
             images = inputs.images[block]
-            oracle = trace_module(trial.oracle, images.double())
             taps = {}
             for graph, trace in traces.items():
                 with contextlib.suppress(Exception):  # a graph that does not take this batch; its result says so
                     taps[graph] = trace(images)
-            found[name] = trace_errors(taps, oracle, trial.layers, precision, inputs.condition(precision)[block])
+            found[name] = trace_errors(taps, trial.healthy(images, precision, inputs.condition(precision)[block]))
     return found

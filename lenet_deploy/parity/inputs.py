@@ -33,8 +33,8 @@ class InputSet:
         oracle: float64 (N, classes): the checkpoint's weights evaluated eagerly in float64 on the CPU.
         peak: largest magnitude of an input, an intermediate value or a score of the oracle.
         smallest: smallest magnitude of an input that is not zero; infinity where all are.
-        eager_rmse: takes a precision and returns float64 (N,), the root mean square error of torch's eager mode in it on the CPU; None
-            where the precision has no rounding rule.
+        eager_rmse: takes a precision and returns float64 (N,), the root mean square error of torch's eager mode in it on the CPU, at
+            least its average over the set; None where the precision has no rounding rule.
         condition: takes a precision and returns float64 (N,), at least 1: how far an image's scores move, in shares of the largest,
             per unit of relative change in weights and pixels, for changes of the size of the precision's epsilon.
         labels: int64 (N,) where they are known.
@@ -83,23 +83,29 @@ def _built(checkpoint: Checkpoint, name: str, images: torch.Tensor, labels: torc
     with torch.inference_mode():
         # Of a sample: the peak decides only whether a format can hold the values, and every set is homogeneous.
         peak = max(float(tap.value.abs().max()) for tap in trace_module(module, images[:: len(images) // CHUNK + 1].double()))
+    condition = functools.cache(lambda precision: _condition(checkpoint, images, oracle, precision))
     return InputSet(
         name,
         images,
         oracle,
         max(peak, float(oracle.abs().max())),
         float(images.abs().masked_fill(images == 0, torch.inf).min()),
-        functools.cache(lambda precision: _eager_rmse(checkpoint, images, oracle, precision)),
-        functools.cache(lambda precision: _condition(checkpoint, images, oracle, precision)),
+        functools.cache(lambda precision: _eager_rmse(checkpoint, images, oracle, condition(precision), precision)),
+        condition,
         labels,
     )
 
 
-def _eager_rmse(checkpoint: Checkpoint, images: torch.Tensor, oracle: torch.Tensor, precision: str) -> torch.Tensor | None:
+def _eager_rmse(
+    checkpoint: Checkpoint, images: torch.Tensor, oracle: torch.Tensor, condition: torch.Tensor, precision: str
+) -> torch.Tensor | None:
+    """Per image, or what eager needs of the set on average where that is more: luck on one image is no measure for others."""
     if precision not in EAGER:
         return None
     scores = _evaluated(EAGER[precision](checkpoint.module()), images)
-    return (scores.double() - oracle).square().mean(dim=1).sqrt()
+    rmse = (scores.double() - oracle).square().mean(dim=1).sqrt()
+    scale = (condition * oracle.square().mean(dim=1).sqrt()).clamp_min(2.0**-1000)
+    return rmse.maximum(scale * (rmse / scale).square().mean().sqrt())
 
 
 def _condition(checkpoint: Checkpoint, images: torch.Tensor, oracle: torch.Tensor, precision: str) -> torch.Tensor:
