@@ -1,7 +1,8 @@
-"""What several tests share: a trained checkpoint, a published bundle, the real data sets, and the command line."""
+"""What several tests share: trained checkpoints, bundles whole and faulty, parity's report, the real data sets, and the command line."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,14 +10,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from lenet_deploy import api, data, train
-from lenet_deploy.bundle import Bundle
-from lenet_deploy.checkpoint import Checkpoint
+from lenet_deploy import api, data, environment, train
+from lenet_deploy.bundle import Bundle, open_bundle, write_artifact, write_manifest
+from lenet_deploy.checkpoint import Checkpoint, to_bytes
+from lenet_deploy.devices import computing_on
+from lenet_deploy.exporters import ExportOptions
+from lenet_deploy.exporters.onnx import export_torchscript
+from lenet_deploy.exporters.tensors import record
+from lenet_deploy.exporters.torchscript import export_trace
+from lenet_deploy.models import find_model
+from lenet_deploy.parity.check import Trial
+from lenet_deploy.parity.inputs import input_sets
+from lenet_deploy.records import Manifest, ParityReport
+from lenet_deploy.variants import CHECKPOINT, ONNX_TS, TRACE, ArtifactSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LENET_DEPLOY_SHARED", ROOT.parent / "shared"))
 SMALL = {"in_channels": "1", "image_size": "28", "padding": "2"}
+
+# The smallest network in which every layer can be told from its neighbours; its channels are no multiple of any block of ORT's layouts.
+TINY = {"in_channels": "1", "image_size": "20", "channels": "6,10", "hidden": "24,16"}
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -45,6 +61,79 @@ def checkpoint(digits: data.Dataset) -> Checkpoint:
 def bundle(checkpoint: Checkpoint, digits: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of every artifact; tests that damage one copy it first."""
     return api.export(checkpoint, tmp_path_factory.mktemp("published") / "bundle", dataset=digits).bundle
+
+
+@pytest.fixture(scope="session")
+def report(bundle: Bundle) -> ParityReport:
+    """Parity of the whole bundle on the CPU, with the batch sizes and checks that users get, and every layer."""
+    return api.check_parity(bundle, device="cpu", drill=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(digits: data.Dataset) -> Checkpoint:
+    """A small lenet5, trained for a little: what most faults are put into."""
+    return train.train(train.TrainConfig("lenet5", TINY, epochs=4, device="cpu"), digits)
+
+
+@pytest.fixture(scope="session")
+def few(digits: data.Dataset) -> data.Dataset:
+    """The digits with forty test images."""
+    return dataclasses.replace(digits, test_images=digits.test_images[:40], test_labels=digits.test_labels[:40])
+
+
+@pytest.fixture(scope="session")
+def trial(tiny: Checkpoint, few: data.Dataset) -> Trial:
+    """What the tiny network's variants are put through: three batch sizes, sixteen generated images of each kind."""
+    with computing_on(torch.device("cpu")):
+        sets = input_sets(tiny, few, 16)
+    return Trial(sets, (1, 2, 7), tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny network as TorchScript and ONNX by their quicker exporters; published without the parity check, which is on trial."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    folder.mkdir()
+    artifacts = [write_artifact(folder, CHECKPOINT.name, CHECKPOINT.format, CHECKPOINT.path, to_bytes(tiny))]
+    for spec in (TRACE, ONNX_TS):
+        assert spec.exporter
+        assert spec.reader
+        exported = spec.exporter()(tiny.module(), tiny.metadata(), ExportOptions())
+        tensors = record(tiny.weights, spec.reader()(exported.data), find_model(tiny.model).factors)
+        details = {**exported.details, "tensors": list(tensors)}
+        artifacts.append(write_artifact(folder, spec.name, spec.format, spec.path, exported.data, details))
+    manifest = Manifest(tiny.metadata(), tuple(artifacts), environment.versions(), tiny.dataset, environment.capture())
+    write_manifest(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+@pytest.fixture(scope="session")
+def faulty() -> Callable[[ArtifactSpec, Checkpoint, nn.Module], bytes]:
+    """The bytes of an artifact whose module is not the checkpoint's, by the quicker exporter of its format."""
+
+    def export(spec: ArtifactSpec, checkpoint: Checkpoint, module: nn.Module) -> bytes:
+        exporter = export_torchscript if spec.format == "onnx" else export_trace
+        return exporter(module.eval(), checkpoint.metadata(), ExportOptions()).data
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def vouched() -> Callable[[Bundle, Path, ArtifactSpec, bytes], Bundle]:
+    """A copy of a bundle in which one artifact has other bytes that the manifest vouches for."""
+
+    def rebuild(bundle: Bundle, folder: Path, spec: ArtifactSpec, content: bytes) -> Bundle:
+        folder.mkdir()
+        artifacts = [
+            write_artifact(
+                folder, each.name, each.format, each.path, content if each.name == spec.name else bundle.read(each), each.details
+            )
+            for each in bundle.manifest.artifacts
+        ]
+        write_manifest(folder, dataclasses.replace(bundle.manifest, artifacts=tuple(artifacts)))
+        return open_bundle(folder)
+
+    return rebuild
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def slightly_wrong(module: nn.Module, metadata: ArtifactMetadata, options: ExportOptions) -> Exported:
+    """Trace a module whose pooling is another, whose weights are all there."""
+    from lenet_deploy.exporters.torchscript import export_trace
+
+    module.pool = nn.MaxPool2d(2)
+    return export_trace(module, metadata, options)
+
+
+def with_other_weights(module: nn.Module, metadata: ArtifactMetadata, options: ExportOptions) -> Exported:
     """Trace a module whose last bias is off by a thousandth."""
     from lenet_deploy.exporters.torchscript import export_trace
 
@@ -93,6 +101,16 @@ def test_every_artifact_is_verified_and_knows_the_accuracy_that_evaluate_finds(b
     assert set(known) == {variant.name for variant in VARIANTS if variant.runtime.load().probe(variant.device).usable}
 
 
+def test_accuracies_are_what_parity_counted(checkpoint: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
+    report = api.export(checkpoint, tmp_path / "bundle", formats=("torchscript",), dataset=digits, device="cpu")
+    decided = {result.variant: result.decisions for result in report.parity.results if result.decisions}
+    assert {row.variant for row in report.accuracies} == decided.keys() != set()
+    for row in report.accuracies:
+        assert (row.correct, row.images) == (decided[row.variant].variant_correct, decided[row.variant].images)
+        assert row.accuracy == decided[row.variant].variant_accuracy
+        assert row.ci95 == decided[row.variant].variant_ci95
+
+
 def test_accuracies_stand_at_the_artifact_that_was_run(bundle: Bundle) -> None:
     owners = {variant.name: variant.artifact.name for variant in VARIANTS}
     assert all(owners[name] == artifact.name for artifact in bundle.manifest.artifacts for name in artifact.accuracy)
@@ -148,6 +166,18 @@ def test_an_exporter_that_fails_is_left_out_and_reported_and_the_rest_is_publish
     assert {artifact.name for artifact in report.bundle.manifest.artifacts} == {CHECKPOINT.name, SCRIPT.name}
     assert not (tmp_path / "bundle" / TRACE.path).exists()
     assert report.parity.verdict == "pass"
+
+
+def test_an_artifact_without_the_checkpoints_weights_is_left_out_and_says_which(
+    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporting(monkeypatch, {TRACE: with_other_weights, SCRIPT: None})
+    report = api.export(checkpoint, tmp_path / "bundle", dataset=digits, device="cpu")
+    (failure,) = report.left_out
+    assert failure.name == TRACE.name
+    assert "the checkpoint's fc3.bias" in failure.reason
+    assert not (tmp_path / "bundle" / TRACE.path).exists()
+    assert {artifact.name for artifact in report.bundle.manifest.artifacts} == {CHECKPOINT.name, SCRIPT.name}
 
 
 def test_a_failure_without_a_message_is_reported_by_its_kind(

@@ -13,10 +13,11 @@ from lenet_deploy.bench.plan import SCOPES
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise
-from lenet_deploy.devices import computing_on, parse_device, float32_precision, synchronise
-from lenet_deploy.errors import DamagedFile, Unusable
+from lenet_deploy.devices import computing_on, float32_precision, parse_device, synchronise
+from lenet_deploy.errors import DamagedFile, Misplaced, Unusable
 from lenet_deploy.parity.check import BATCH_SIZES, run_batch
 from lenet_deploy.parity.judge import judge
+from lenet_deploy.records import CHECKS
 from lenet_deploy.runtimes import onnxruntime
 from lenet_deploy.sources import artifact_of
 from lenet_deploy.train import TrainConfig, train
@@ -59,9 +60,23 @@ def agrees(output: torch.Tensor, checkpoint: Checkpoint, images: torch.Tensor) -
 @each_on_cuda
 def test_a_cuda_variant_passes_parity_at_every_batch_size(variant: Variant, bundle: Bundle) -> None:
     skip_where_unusable(variant)
-    report = api.check_parity(bundle, variants=(variant.name,), device="cuda")
-    assert [result.status for result in report.results] == ["pass"] * 2 * len(BATCH_SIZES)
-    assert report.verdict == "pass"
+    report = api.check_parity(bundle, variants=(variant.name,), device="cuda", require=(variant.name,), drill=True)
+    assert {result.status for result in report.results} == {"pass"}
+    assert {result.batch_size for result in report.results if result.check == "outputs"} == set(BATCH_SIZES)
+    assert {result.check for result in report.results} >= set(CHECKS) - {"placement", "weights"}
+    assert set(report.float32.values()) == {"ieee"}
+    layers = next(result.layers for result in report.results if result.layers)
+    assert layers
+    assert all(error.passed for error in layers)
+    assert (report.verdict, report.missing) == ("pass", ())
+
+
+@each_on_cuda
+def test_a_cuda_variant_passes_with_tf32_allowed_and_the_report_says_so(variant: Variant, bundle: Bundle) -> None:
+    skip_where_unusable(variant)
+    report = api.check_parity(bundle, variants=(variant.name,), batch_sizes=(1, 64), device="cuda", allow_tf32=True)
+    assert {result.status for result in report.results} == {"pass"}
+    assert report.float32["torch.cudnn.conv"] == report.float32["torch.cuda.matmul"] == report.float32["onnxruntime.cuda"] == "tf32"
 
 
 @each_on_cuda
@@ -117,8 +132,9 @@ def test_onnxruntime_refuses_a_graph_that_the_gpu_cannot_run_whole(variant: Vari
     # Det has a kernel for the CPU only.
     graph = helper.make_graph([helper.make_node("Det", ["image"], ["logits"])], "determinant", [image], [logits])
     data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
-    with computing_on(CUDA), pytest.raises(Unusable), variant.open_session(data, (1, 4, 4)):
+    with computing_on(CUDA), pytest.raises(Misplaced) as caught, variant.open_session(data, (1, 4, 4)):
         pass
+    assert "CPUExecutionProvider" in {node.provider for node in caught.value.placement}
 
 
 @each_on_cuda
@@ -149,7 +165,8 @@ def test_variants_whose_runtime_doctor_calls_unusable_are_skipped_with_a_reason_
 def test_the_gpu_by_number_is_the_gpu(bundle: Bundle) -> None:
     assert parse_device("cuda") == parse_device("cuda:0") == parse_device("auto") == CUDA
     report = api.check_parity(bundle, variants=("eager/*",), batch_sizes=(3,), device="cuda:0")
-    assert [result.status for result in report.results] == ["pass", "pass"]
+    assert {result.variant for result in report.results} == {"eager/torch-cuda/fp32"}
+    assert {result.status for result in report.results} == {"pass"}
 
 
 def test_a_gpu_that_is_not_there_is_unusable() -> None:

@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from lenet_deploy import order_statistics
-from lenet_deploy.order_statistics import MIN_SAMPLES, median, median_ci95, percentile, quantile, relative_iqr, wilson_ci95
+from lenet_deploy.order_statistics import (
+    MIN_SAMPLES,
+    mcnemar_exact,
+    median,
+    median_ci95,
+    percentile,
+    quantile,
+    relative_iqr,
+    wilson_ci95,
+)
 
 samples = st.lists(st.floats(0, 1e6), min_size=1, max_size=60)
 
@@ -93,6 +103,34 @@ def test_wilson_stays_inside_zero_and_one_and_holds_the_share(trials: int, data:
     low, high = wilson_ci95(successes, trials)
     assert 0.0 <= low <= high <= 1.0
     assert low - 1e-12 <= successes / trials <= high + 1e-12
+
+
+def exact_p(first: int, second: int) -> float:
+    """McNemar's exact test is a two-sided binomial test of one half on the discordant pairs."""
+    return float(binomtest(first, first + second, 0.5).pvalue)
+
+
+@pytest.mark.parametrize("second", range(15))
+@pytest.mark.parametrize("first", range(15))
+def test_mcnemar_is_scipys_binomial_test_on_the_discordant_pairs(first: int, second: int) -> None:
+    expected = exact_p(first, second) if first + second else 1.0
+    assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-9)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_mcnemar_is_scipys_for_many_pairs_and_knows_no_first_and_second(first: int, second: int) -> None:
+    found = mcnemar_exact(first, second)
+    assert 0.0 <= found <= 1.0
+    assert found == mcnemar_exact(second, first)
+    if first + second:
+        assert found == pytest.approx(exact_p(first, second), rel=1e-6, abs=1e-300)
+
+
+def test_mcnemar_of_a_published_table() -> None:
+    # Agresti, Categorical Data Analysis, table 10.1, approval ratings: 150 and 86 discordant pairs.
+    assert mcnemar_exact(150, 86) == pytest.approx(3.7e-5, rel=0.02)
+    assert mcnemar_exact(0, 6) == 2 / 2**6
 
 
 @pytest.mark.parametrize(("percent", "needed"), MIN_SAMPLES.items())

@@ -13,6 +13,7 @@ from lenet_deploy.records import (
     BenchReport,
     Environment,
     Failure,
+    LayerError,
     Measurement,
     ParityReport,
     ParityResult,
@@ -26,6 +27,8 @@ from lenet_deploy.report.tables import (
     bench_table,
     doctor_table,
     environment_line,
+    layer_error_table,
+    layer_error_tables,
     layer_table,
     parity_table,
     prediction_table,
@@ -124,22 +127,39 @@ def test_the_artifact_table_shortens_digests_and_groups_digits() -> None:
     assert artifact_table((artifact,)).rows == (("onnx-fp32", "model.onnx", "1,234,567", "ab" * 6, "unverified"),)
 
 
-def passed(variant: str, error: float, used: float, agreement: float = 1.0) -> ParityResult:
-    return ParityResult(variant, "pass", None, "digits", 1, error, error / 2, used, agreement)
+def passed(variant: str, error: float, used: float, agreement: float = 1.0, inputs: str = "digits") -> ParityResult:
+    return ParityResult(variant, "pass", None, inputs, 1, error, error / 2, used, agreement)
+
+
+def parity_rows(*results: ParityResult) -> tuple[tuple[str, ...], ...]:
+    table = parity_table(ParityReport(results, (), ENVIRONMENT))
+    assert table.columns == ("variant", "status", "checks", "max abs error", "budget used", "top-1", "diverges at", "reason")
+    return table.rows
 
 
 def test_the_parity_table_shows_each_variant_once_at_its_worst() -> None:
-    results = (passed("a", 1e-6, 0.1), passed("a", 3e-6, 0.25, 0.5), passed("b", 2e-6, 0.05))
-    assert parity_table(ParityReport(results, (), ENVIRONMENT)).rows == (
-        ("a", "pass", "2/2", "3.00e-06", "0.25", "50.00%", ""),
-        ("b", "pass", "1/1", "2.00e-06", "0.05", "100.00%", ""),
+    assert parity_rows(passed("a", 1e-6, 0.1), passed("a", 3e-6, 0.25, 0.5), passed("b", 2e-6, 0.05)) == (
+        ("a", "pass", "2/2", "3.00e-06", "0.25", "50.00%", "-", ""),
+        ("b", "pass", "1/1", "2.00e-06", "0.05", "100.00%", "-", ""),
     )
 
 
-def test_the_parity_table_says_where_and_why_a_variant_failed() -> None:
-    bad = ParityResult("a", "fail", "image 0: too far", "normal", 3, 0.5, 0.25, 900.0, 0.0)
-    row = parity_table(ParityReport((passed("a", 1e-6, 0.1), bad), (), ENVIRONMENT)).rows[0]
-    assert row == ("a", "fail", "1/2", "5.00e-01", "900", "0.00%", "normal, batch 3: image 0: too far")
+def test_the_error_shown_is_that_of_the_first_input_set_whose_scores_are_like_each_other() -> None:
+    (row,) = parity_rows(passed("a", 1e-6, 0.1), passed("a", 0.5, 0.3, inputs="large"))
+    assert row[3:5] == ("1.00e-06", "0.3")
+
+
+def test_checks_against_other_runs_do_not_stand_for_the_error_or_the_agreement_with_the_oracle() -> None:
+    apart = ParityResult("a", "pass", None, "digits", 3, 7.0, 7.0, 0.9, 0.25, check="consistency")
+    (row,) = parity_rows(passed("a", 1e-6, 0.1), apart)
+    assert row == ("a", "pass", "2/2", "1.00e-06", "0.9", "100.00%", "-", "")
+
+
+def test_the_parity_table_says_where_and_why_a_variant_failed_and_in_which_layer() -> None:
+    bad = ParityResult("a", "fail", "image 0: too far", "normal", 3, 0.5, 0.25, 900.0, 0.0, first_divergent_layer="conv2")
+    later = dataclasses.replace(bad, reason="and again", first_divergent_layer="fc1", batch_size=64)
+    (row,) = parity_rows(passed("a", 1e-6, 0.1), bad, later)
+    assert row == ("a", "fail", "1/3", "1.00e-06", "900", "0.00%", "conv2", "normal, batch 3: image 0: too far")
 
 
 def test_the_parity_table_shows_dashes_for_what_is_unknown() -> None:
@@ -147,12 +167,37 @@ def test_the_parity_table_shows_dashes_for_what_is_unknown() -> None:
         ParityResult("nan", "fail", "1 of 10 outputs are NaN", "normal", 1),
         ParityResult("unopened", "fail", "the artifact cannot be opened"),
         ParityResult("away", "skipped", "no GPU"),
+        ParityResult("weights", "fail", "1 wrong in its tensors", "weights read back", check="weights", first_divergent_layer="fc2"),
     )
-    assert parity_table(ParityReport(results, (), ENVIRONMENT)).rows == (
-        ("nan", "fail", "0/1", "-", "-", "-", "normal, batch 1: 1 of 10 outputs are NaN"),
-        ("unopened", "fail", "0/1", "-", "-", "-", "the artifact cannot be opened"),
-        ("away", "skipped", "-", "-", "-", "-", "no GPU"),
+    assert parity_rows(*results) == (
+        ("nan", "fail", "0/1", "-", "-", "-", "-", "normal, batch 1: 1 of 10 outputs are NaN"),
+        ("unopened", "fail", "0/1", "-", "-", "-", "-", "the artifact cannot be opened"),
+        ("away", "skipped", "-", "-", "-", "-", "-", "no GPU"),
+        ("weights", "fail", "0/1", "-", "-", "-", "fc2", "weights read back: 1 wrong in its tensors"),
     )
+
+
+def test_an_input_set_that_was_skipped_is_no_check_and_a_wrong_file_of_a_variant_that_cannot_run_is_a_failure() -> None:
+    skipped = ParityResult("a", "skipped", "values beyond fp16", "large")
+    assert parity_rows(passed("a", 1e-6, 0.1), skipped)[0][1:3] == ("pass", "1/1")
+    wrong = ParityResult("b", "fail", "1 wrong in its tensors", "weights read back", check="weights")
+    assert parity_rows(wrong, ParityResult("b", "skipped", "no GPU"))[0][1:3] == ("fail", "0/1")
+
+
+LAYERS = (LayerError("graph", "conv1", "relu.2", 1e-6, 0.25, True), LayerError("graph", "conv2", "relu.5", None, None, False))
+
+
+def test_the_layer_error_table_has_a_row_a_layer_and_dashes_for_what_cannot_be_compared() -> None:
+    table = layer_error_table(LAYERS)
+    assert table.columns == ("graph", "layer", "tensor", "max abs error", "budget used", "status")
+    assert table.rows == (("graph", "conv1", "relu.2", "1.00e-06", "0.25", "pass"), ("graph", "conv2", "relu.5", "-", "-", "fail"))
+
+
+def test_the_layer_error_tables_are_the_first_of_each_variant_under_its_name_and_inputs() -> None:
+    plain = passed("a", 1e-6, 0.1)
+    first, second = dataclasses.replace(plain, inputs="normal", layers=LAYERS), dataclasses.replace(plain, layers=LAYERS[:1])
+    tables = layer_error_tables(ParityReport((plain, first, second, passed("b", 1.0, 0.1)), (), ENVIRONMENT))
+    assert tables == (("a, normal", layer_error_table(LAYERS)),)
 
 
 def measurement(times_s: tuple[float, ...]) -> Measurement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from lenet_deploy import api, devices
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise
-from lenet_deploy.devices import computing_on, parse_device, float32_precision
-from lenet_deploy.errors import BadInput, DamagedFile, Unusable
+from lenet_deploy.devices import computing_on, float32_precision, float32_state, parse_device, tf32_allowed
+from lenet_deploy.errors import BadInput, DamagedFile, Misplaced, Unusable
 from lenet_deploy.parity.check import run_batch
 from lenet_deploy.parity.judge import judge
 from lenet_deploy.records import NodePlacement
@@ -182,8 +183,21 @@ def test_a_single_node_elsewhere_than_asked_is_refused_by_name(bundle: Bundle, m
     placement = onnxruntime._placement
     stray = NodePlacement("node_shape", "SomeOtherExecutionProvider")
     monkeypatch.setattr(onnxruntime, "_placement", lambda session: (*placement(session), stray))
-    with pytest.raises(Unusable, match="node_shape on SomeOtherExecutionProvider"):
+    with pytest.raises(
+        Misplaced, match="1 nodes elsewhere than on CPUExecutionProvider: node_shape on SomeOtherExecutionProvider"
+    ) as caught:
         opened(ORT_ON_CPU[0], artifact_bytes(bundle, ORT_ON_CPU[0]), bundle.metadata.preprocessing.input_shape)
+    assert caught.value.placement[-1] == stray
+    assert {node.provider for node in caught.value.placement[:-1]} == {"CPUExecutionProvider"}
+
+
+@without_gpu
+def test_a_provider_that_did_not_load_is_unusable_and_not_misplaced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What does not work here at all says nothing of the graph, so it is skipped and not failed.
+    monkeypatch.setitem(onnxruntime.PROVIDERS, "cpu", "CUDAExecutionProvider")
+    with pytest.raises(Unusable) as caught:
+        opened(ORT_ON_CPU[0], artifact_bytes(bundle, ORT_ON_CPU[0]), bundle.metadata.preprocessing.input_shape)
+    assert not isinstance(caught.value, Misplaced)
 
 
 def test_an_onnxruntime_build_without_the_provider_is_unusable_and_says_the_fix(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,31 +271,79 @@ def test_a_torch_built_without_cuda_is_named_as_the_reason(monkeypatch: pytest.M
     assert (status.fix or "").startswith("pip install torch")
 
 
-def test_float32_precision_sets_and_restores_both_knobs() -> None:
-    knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    outside = [knob.fp32_precision for knob in knobs]
+ON_GPU = ("torch.cuda.matmul", "torch.cudnn.conv", "onnxruntime.cuda")
+SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+
+
+def settings() -> list[str]:
+    return [switch.fp32_precision for switch in SWITCHES]
+
+
+@pytest.fixture
+def unusual() -> Iterator[list[str]]:
+    """Every switch on something that neither mode leaves it on."""
+    before = settings()
     try:
-        for knob in knobs:
-            knob.fp32_precision = "tf32"
-        with float32_precision():
-            assert [knob.fp32_precision for knob in knobs] == ["ieee", "ieee"]
-        assert [knob.fp32_precision for knob in knobs] == ["tf32", "tf32"]
+        for switch, value in zip(SWITCHES, ("tf32", "tf32", "bf16", "bf16"), strict=True):
+            switch.fp32_precision = value
+        yield settings()
     finally:
-        for knob, value in zip(knobs, outside, strict=True):
-            knob.fp32_precision = value
+        for switch, value in zip(SWITCHES, before, strict=True):
+            switch.fp32_precision = value
 
 
-def fail_inside_float32_precision() -> None:
+def test_float32_precision_pins_every_switch_and_restores_it(unusual: list[str]) -> None:
+    assert unusual == ["tf32", "tf32", "bf16", "bf16"]
     with float32_precision():
+        assert settings() == ["ieee"] * 4
+        assert not tf32_allowed()
+    assert settings() == unusual
+
+
+def test_tf32_is_allowed_on_the_gpu_alone_and_restored(unusual: list[str]) -> None:
+    with float32_precision(allow_tf32=True):
+        assert settings() == ["tf32", "tf32", "ieee", "ieee"]
+        assert tf32_allowed()
+    assert settings() == unusual
+
+
+def test_strict_float32_inside_tf32_is_strict_and_gives_it_back() -> None:
+    before = settings()
+    with float32_precision(allow_tf32=True):
+        with float32_precision():
+            assert settings() == ["ieee"] * 4
+        assert tf32_allowed()
+    assert settings() == before
+
+
+def fail_inside(allow_tf32: bool) -> None:
+    with float32_precision(allow_tf32):
         raise KeyError("inside")
 
 
-def test_float32_precision_restores_after_an_exception() -> None:
-    knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [knob.fp32_precision for knob in knobs]
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_float32_precision_restores_after_an_exception(allow_tf32: bool, unusual: list[str]) -> None:
     with pytest.raises(KeyError, match="inside"):
-        fail_inside_float32_precision()
-    assert [knob.fp32_precision for knob in knobs] == before
+        fail_inside(allow_tf32)
+    assert settings() == unusual
+
+
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_float32_state_names_every_switch_and_what_it_is_on(allow_tf32: bool) -> None:
+    with computing_on(CPU, allow_tf32):
+        state = float32_state()
+    names = {"torch.cuda.matmul", "torch.cudnn.conv", "torch.mkldnn.matmul", "torch.mkldnn.conv", "onnxruntime.cuda"}
+    assert state.keys() == names
+    assert state == {name: "tf32" if allow_tf32 and name in ON_GPU else "ieee" for name in names}
+
+
+def test_the_cpus_products_are_float32_whatever_was_set_before(unusual: list[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, weight = torch.randn(2, 8, 16, 16, generator=generator), torch.randn(8, 8, 5, 5, generator=generator)
+    exact = torch.conv2d(image.double(), weight.double()).flatten(1)
+    with float32_precision():
+        judged = judge(torch.conv2d(image, weight).flatten(1), exact, "fp32")
+    assert (judged.passed, judged.reason) == (True, None)
 
 
 def test_computing_on_the_cpu_records_no_gradients() -> None:

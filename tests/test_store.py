@@ -24,9 +24,11 @@ from lenet_deploy.records import (
     AccuracyReport,
     AccuracyRow,
     BenchReport,
+    Decisions,
     Environment,
     EpochStats,
     Failure,
+    LayerError,
     Measurement,
     NodePlacement,
     ParityReport,
@@ -36,14 +38,28 @@ from lenet_deploy.records import (
 
 ENVIRONMENT = Environment("Linux", "3.11.7", "Some CPU", 2, 2, None, None, {"torch": "2.15.0"}, "0" * 40)
 NODE = NodePlacement("node_conv2d", "CPUExecutionProvider")
+DECISIONS = Decisions(200, 1, 2, 180, 178, 2, 0)
 PARITY = ParityReport(
     (
         ParityResult("a", "pass", None, "digits", 1, 1e-6, 5e-7, 0.1, 1.0, None, (NODE,)),
         ParityResult("b", "fail", "NaN", "digits", 1),
         ParityResult("c", "skipped", "no GPU"),
+        ParityResult(
+            *("d", "fail", "2 of 200 images get another class", "digits", 64, None, None, None, 0.99, "conv2"),
+            check="decisions",
+            mean_abs_error=1e-7,
+            max_rel_error=1e-4,
+            mean_rel_error=1e-6,
+            cosine=0.5,
+            ulp_quantiles={"p50": 1.0, "p99": 4.0, "max": 30.0},
+            decisions=DECISIONS,
+            layers=(LayerError("optimised", "conv2", "relu_1", None, None, False),),
+        ),
     ),
     ("a note",),
     ENVIRONMENT,
+    {"torch.cudnn.conv": "tf32"},
+    ("c",),
 )
 BENCH = BenchReport(
     (
@@ -79,6 +95,14 @@ RESULT_KEYS = {
     "top1_agreement",
     "first_divergent_layer",
     "node_providers",
+    "check",
+    "mean_abs_error",
+    "max_rel_error",
+    "mean_rel_error",
+    "cosine",
+    "ulp_quantiles",
+    "decisions",
+    "layers",
 }
 MEASUREMENT_KEYS = {
     "variant",
@@ -132,10 +156,38 @@ def test_parity_has_the_documented_keys() -> None:
     found = document("parity")
     assert found["verdict"] == "fail"
     assert all(result.keys() >= RESULT_KEYS for result in found["results"])
-    good, nan, skipped = found["results"]
+    good, nan, skipped, _ = found["results"]
+    assert (found["notes"], found["float32"]) == (["a note"], {"torch.cudnn.conv": "tf32"})
+    assert (good["check"], good["decisions"], good["layers"]) == ("outputs", None, [])
     assert good["node_providers"] == [{"node": NODE.node, "provider": NODE.provider}]
     assert (nan["max_abs_error"], nan["budget_used"], nan["top1_agreement"]) == (None, None, None)
     assert (skipped["status"], skipped["reason"], skipped["inputs"], skipped["batch_size"]) == ("skipped", "no GPU", None, None)
+
+
+def test_parity_derives_what_decisions_say_and_holds_the_layers() -> None:
+    decided = document("parity")["results"][3]
+    assert (decided["check"], decided["first_divergent_layer"], decided["cosine"]) == ("decisions", "conv2", 0.5)
+    assert decided["ulp_quantiles"] == {"p50": 1.0, "p99": 4.0, "max": 30.0}
+    assert decided["decisions"] == {
+        **dataclasses.asdict(DECISIONS),
+        "oracle_accuracy": 90.0,
+        "oracle_ci95": list(DECISIONS.oracle_ci95),
+        "variant_accuracy": 89.0,
+        "variant_ci95": list(DECISIONS.variant_ci95),
+        "mcnemar_p": 0.5,
+    }
+    assert decided["layers"] == [
+        {"graph": "optimised", "layer": "conv2", "tensor": "relu_1", "max_abs_error": None, "budget_used": None, "passed": False}
+    ]
+
+
+def test_a_real_report_is_stored_whole(report: ParityReport) -> None:
+    found = json.loads(store.parity_json(report))
+    assert found["verdict"] == "pass"
+    assert len(found["results"]) == len(report.results)
+    assert all(each.keys() == RESULT_KEYS for each in found["results"])
+    assert sum(len(each["layers"]) for each in found["results"]) == sum(len(each.layers) for each in report.results) > 0
+    assert found["float32"] == dict(report.float32)
 
 
 def test_bench_has_the_documented_keys_and_the_raw_times() -> None:

@@ -172,6 +172,8 @@ UNKNOWN = [
     ("export lenet5 --to torchscript,torch-script", "unknown format 'torch-script'", "torchscript"),
     ("export lenet5 --precision fp33", "unknown precision 'fp33'", "fp32"),
     ("parity bundle --variants onnx/ort-cpu/fp23", "unknown variant 'onnx/ort-cpu/fp23'", "onnx/ort-cpu/fp32"),
+    ("parity bundle --require onnx/ort-cpu/fp23", "unknown variant 'onnx/ort-cpu/fp23'", "onnx/ort-cpu/fp32"),
+    ("parity bundle --require eager/*,tensorflow/*", "unknown variant 'tensorflow/*'", "eager/torch-cpu/fp32"),
     ("parity bundle --variants eager/*,tensorflow/*", "unknown variant 'tensorflow/*'", "eager/torch-cpu/fp32"),
     ("bench bundle --variants eager/torch-gpu/fp32", "unknown variant 'eager/torch-gpu/fp32'", "eager/torch-cpu/fp32"),
     ("predict bundle image.png --variant eager/torch-cpu", "unknown variant 'eager/torch-cpu'", "eager/torch-cpu/fp32"),
@@ -213,6 +215,9 @@ VALUES = [
     ("bench bundle --batch eight", "'eight'", "whole numbers"),
     ("bench bundle --batch 1.5", "'1.5'", "whole numbers"),
     ("parity bundle --batch 1,,2", "'1,,2'", "empty part"),
+    ("parity bundle --require eager/*,,onnx/*", "'eager/*,,onnx/*'", "empty part"),
+    ("parity bundle --variants eager/* --require onnx/ort-cpu/fp32", "onnx/ort-cpu/fp32 is required but not selected", "widen"),
+    ("parity bundle --device cpu --require eager/*", "eager/torch-cuda/fp32 is required but not selected", "widen"),
     ("bench bundle --rounds 0", "rounds is 0", "at least 1"),
     ("bench bundle --rounds -2", "rounds is -2", "at least 1"),
     ("train --epochs 0", "epochs is 0", "at least 1"),
@@ -321,6 +326,8 @@ UNWRITABLE = [
     "inspect --json folder",
     "parity bundle --variants eager/torch-cpu/* --batch 1 --json notes.txt/parity.json",
     "parity bundle --variants eager/torch-cpu/* --batch 1 --markdown absent/parity.md",
+    "parity bundle --variants eager/torch-cpu/* --batch 1 --junit absent/parity.xml",
+    "parity bundle --variants eager/torch-cpu/* --batch 1 --junit folder",
 ]
 
 
@@ -394,7 +401,7 @@ def test_wrong_content_under_the_right_digest_is_a_parity_mismatch_and_code_1(
     assert code == 1
     assert printed.err == "error: parity failed: onnx/ort-cpu/fp32\n"
     assert "verdict: fail" in printed.out
-    assert "cannot be opened" in printed.out
+    assert "its tensors cannot be read back" in printed.out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for variants that no GPU here can run, and one can")

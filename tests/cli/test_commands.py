@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lenet_deploy.bundle import Bundle, open_bundle
 from lenet_deploy.checkpoint import Checkpoint, load, to_bytes
 from lenet_deploy.data import Dataset, fit, normalise
 from lenet_deploy.models import MODELS
-from lenet_deploy.variants import ARTIFACTS, DEVICES, RUNTIMES, VARIANTS
+from lenet_deploy.variants import ARTIFACTS, DEVICES, RUNTIMES, TRACE, VARIANTS
 
 CPU_VARIANTS = [variant.name for variant in VARIANTS if variant.device == "cpu"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two threads wait for each other four times as long where the cores are shared with other work
@@ -158,33 +159,134 @@ PARITY_KEYS = {
     "top1_agreement",
     "first_divergent_layer",
     "node_providers",
+    "check",
+    "decisions",
+    "layers",
 }
+TINY_VARIANTS = ["eager/torch-cpu/fp32", "torchscript/torch-cpu/fp32/trace", "onnx/ort-cpu/fp32/ts-exporter"]
 
 
 def test_parity_prints_a_table_and_writes_json_and_markdown(lenet: Run, bundle: Bundle, tmp_path: Path) -> None:
     done = lenet("parity", bundle.path, "--device", "cpu", "--batch", "1,3", "--json", "parity.json", "--markdown", "parity.md")
     assert (done.code, done.err) == (0, "")
     assert done.out.endswith("verdict: pass\n")
+    assert all(f"\n{name} " in done.out for name in CPU_VARIANTS)
     document = stored(tmp_path / "parity.json", "parity")
     assert document["verdict"] == "pass"
+    assert set(document["float32"].values()) == {"ieee"}
     assert all(result.keys() >= PARITY_KEYS for result in document["results"])
     assert {result["variant"] for result in document["results"]} == set(CPU_VARIANTS)
-    assert {(result["status"], result["batch_size"]) for result in document["results"]} == {("pass", 1), ("pass", 3)}
-    assert all(0 <= result["budget_used"] <= 1 and result["top1_agreement"] == 1 for result in document["results"])
-    markdown = (tmp_path / "parity.md").read_text().splitlines()
-    assert markdown[0].startswith("| variant | status |")
-    assert len(markdown) == 2 + len(CPU_VARIANTS)
+    assert {(result["status"], result["batch_size"]) for result in document["results"]} == {("pass", None), ("pass", 1), ("pass", 3)}
+    outputs = [result for result in document["results"] if result["check"] == "outputs"]
+    assert all(0 <= result["budget_used"] <= 1 and result["top1_agreement"] == 1 for result in outputs)
+    decided = [result["decisions"] for result in document["results"] if result["decisions"]]
+    assert [(each["images"], each["true_flips"]) for each in decided] == [(360, 0)] * len(CPU_VARIANTS)
+    markdown = (tmp_path / "parity.md").read_text()
+    assert markdown.startswith("## Parity: pass\n")
+    rows = [line for line in markdown.splitlines() if line.startswith("| ") and any(f"| {name} |" in line for name in CPU_VARIANTS)]
+    assert len(rows) >= len(CPU_VARIANTS)
 
 
-def test_parity_json_to_standard_output_is_all_there_is_on_it(lenet: Run, bundle: Bundle) -> None:
-    done = lenet("parity", bundle.path, "--variants", "eager/torch-cpu/*,onnx/ort-cpu/fp32", "--batch", "2", "--json", "-")
+def test_parity_json_to_standard_output_is_all_there_is_on_it(lenet: Run, tiny_bundle: Bundle) -> None:
+    done = lenet("parity", tiny_bundle.path, "--variants", "eager/torch-cpu/*,onnx/ort-cpu/*", "--batch", "2", "--json", "-")
     assert (done.code, done.err) == (0, "")
-    assert {result["variant"] for result in done.document["results"]} == {"eager/torch-cpu/fp32", "onnx/ort-cpu/fp32"}
+    assert {result["variant"] for result in done.document["results"]} == {TINY_VARIANTS[0], TINY_VARIANTS[2]}
+
+
+def test_parity_writes_its_results_as_junit_and_says_where_it_judged(lenet: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    done = lenet("parity", tiny_bundle.path, "--device", "cpu", "--batch", "2", "--junit", "parity.xml", "--json", "-")
+    assert (done.code, done.err) == (0, "")
+    suites = ElementTree.parse(tmp_path / "parity.xml").getroot()
+    assert [suite.get("name") for suite in suites] == TINY_VARIANTS
+    cases = {(case.get("classname"), case.get("name")) for case in suites.iter("testcase")}
+    assert cases == {(result["variant"], result["inputs"]) for result in done.document["results"]}
+    assert {suite.get(count) for suite in suites for count in ("failures", "errors", "skipped")} == {"0"}
+
+
+def test_a_drill_prints_the_layers_of_every_variant_and_without_it_none_are(lenet: Run, tiny_bundle: Bundle) -> None:
+    arguments = ("parity", tiny_bundle.path, "--device", "cpu", "--batch", "2")
+    drilled, plain = lenet(*arguments, "--drill"), lenet(*arguments)
+    assert (drilled.code, plain.code) == (0, 0)
+    for name in TINY_VARIANTS:
+        title = f"\n{name}, digits test split\n"
+        assert title in drilled.out
+        assert title not in plain.out
+        table = drilled.out.split(title)[1].split("\n\n")[0].splitlines()
+        assert table[0].startswith("graph ")
+        layers = [line.split()[1] for line in table[2:]]
+        assert layers[:9] == ["input", "conv1", "pool1", "conv2", "pool2", "fc1", "fc2", "fc3", "output"]
+        assert {line.split()[-1] for line in table[2:]} == {"pass"}
+    assert drilled.out.endswith("verdict: pass\n")
+
+
+def test_allowing_tf32_is_recorded(lenet: Run, tiny_bundle: Bundle) -> None:
+    done = lenet("parity", tiny_bundle.path, "--variants", "eager/*cpu*", "--batch", "1", "--allow-tf32", "--json", "-")
+    assert done.code == 0
+    assert done.document["float32"]["onnxruntime.cuda"] == done.document["float32"]["torch.cudnn.conv"] == "tf32"
+    strict = lenet("parity", tiny_bundle.path, "--variants", "eager/*cpu*", "--batch", "1", "--json", "-")
+    assert set(strict.document["float32"].values()) == {"ieee"}
+
+
+def test_a_required_variant_that_ran_changes_nothing(lenet: Run, tiny_bundle: Bundle) -> None:
+    done = lenet("parity", tiny_bundle.path, "--batch", "1", "--device", "cpu", "--require", "onnx/*cpu*,eager/*cpu*")
+    assert (done.code, done.err) == (0, "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="requires what no GPU here can run, and one can")
+def test_a_required_variant_that_cannot_run_is_code_3_after_everything_is_printed_and_written(
+    lenet: Run, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    arguments = ("--require", "eager/torch-cuda/*", "--variants", "eager/*", "--batch", "1")
+    done = lenet("parity", tiny_bundle.path, *arguments, "--json", "p.json", "--junit", "p.xml", "--markdown", "p.md")
+    assert done.code == 3
+    assert done.err.startswith("error: eager/torch-cuda/fp32 is required: device cuda cannot be used")
+    assert "Traceback" not in done.err
+    assert done.out.endswith("verdict: pass\n")
+    assert stored(tmp_path / "p.json", "parity")["verdict"] == "pass"
+    assert 'errors="1"' in (tmp_path / "p.xml").read_text()
+    assert (tmp_path / "p.md").read_text().startswith("## Parity: pass, but not all that is required was judged")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="requires what no GPU here can run, and one can")
+def test_a_mismatch_is_code_1_also_where_a_required_variant_is_missing(lenet: Run, spoilt: Bundle) -> None:
+    done = lenet("parity", spoilt.path, "--require", "*cuda*", "--batch", "1")
+    assert (done.code, done.err) == (1, "error: parity failed: torchscript/torch-cpu/fp32/trace\n")
+
+
+@pytest.fixture
+def spoilt(tiny_bundle: Bundle, tiny: Checkpoint, faulty: Any, vouched: Any, tmp_path: Path) -> Bundle:
+    """A bundle whose TorchScript pools otherwise, under the digest that its manifest vouches for."""
+    module = tiny.module()
+    module.pool = torch.nn.MaxPool2d(2)
+    found: Bundle = vouched(tiny_bundle, tmp_path / "spoilt", TRACE, faulty(TRACE, tiny, module))
+    return found
+
+
+def test_a_mismatch_is_code_1_and_every_file_says_where(lenet: Run, spoilt: Bundle, tmp_path: Path) -> None:
+    done = lenet("parity", spoilt.path, "--device", "cpu", "--batch", "3", "--json", "p.json", "--junit", "p.xml", "--markdown", "p.md")
+    assert (done.code, done.err) == (1, "error: parity failed: torchscript/torch-cpu/fp32/trace\n")
+    assert done.out.endswith("verdict: fail\n")
+    row = next(line for line in done.out.splitlines() if line.startswith("torchscript/torch-cpu/fp32/trace "))
+    assert " fail " in row
+    assert " pool1 " in row
+    assert "begins at pool1" in row
+    document = stored(tmp_path / "p.json", "parity")
+    wrong = [result for result in document["results"] if result["status"] == "fail"]
+    assert document["verdict"] == "fail"
+    assert {result["variant"] for result in wrong} == {"torchscript/torch-cpu/fp32/trace"}
+    assert wrong[0]["first_divergent_layer"] == "pool1"
+    assert next(layer["layer"] for layer in wrong[0]["layers"] if not layer["passed"]) == "pool1"
+    junit = ElementTree.parse(tmp_path / "p.xml").getroot()
+    assert {case.get("classname") for case in junit.iter("testcase") if case.find("failure") is not None} == {wrong[0]["variant"]}
+    markdown = (tmp_path / "p.md").read_text()
+    assert markdown.startswith("## Parity: fail\n")
+    assert "pool1" in markdown
+    assert "\ntorchscript/torch-cpu/fp32/trace, digits test split\n" not in done.out, "layers are printed for a drill alone"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="skips variants for want of a GPU, and there is one")
 def test_variants_that_cannot_run_here_are_listed_as_skipped_with_the_reason(lenet: Run, bundle: Bundle) -> None:
-    parity = lenet("parity", bundle.path, "--batch", "1", "--json", "-")
+    parity = lenet("parity", bundle.path, "--batch", "1", "--variants", "eager/*,*cuda*", "--json", "-")
     bench = lenet("bench", bundle.path, "--batch", "1", "--scope", "device", "--rounds", "1", "--json", "-")
     evaluate = lenet("evaluate", bundle.path, "--json", "-")
     skipped = [result for result in parity.document["results"] if result["status"] == "skipped"]
