@@ -125,7 +125,8 @@ for (precision, name), found in needed.items():
         }
     )
 print(
-    "| precision | inputs | images | factor, median | factor, 99.9 % | factor, max | ratio, max |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    "| precision | inputs | images | factor, median | factor, 99.9 % | factor, max | ratio, max |\n"
+    "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
 )
 for row in rows:
     print(
