@@ -57,6 +57,12 @@ def checkpoint(digits: data.Dataset) -> Checkpoint:
     return train.train(train.TrainConfig("lenet5", SMALL, epochs=3, device="cpu"), digits)
 
 
+@pytest.fixture(autouse=True)
+def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen generated images of each kind where users get 256; what a session shares, and real processes, have those."""
+    monkeypatch.setattr(api, "INPUTS", 16)
+
+
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Checkpoint, digits: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of every artifact; tests that damage one copy it first."""

@@ -47,7 +47,7 @@ PUBLIC = [
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "torchvision", "safetensors", "PIL")
 # Heavy or optional packages and the only files that may import them, even inside a function.
 HOMES = {
-    "onnx": {"exporters/onnx.py", "runtimes/onnxruntime.py"},
+    "onnx": {"exporters/onnx.py", "runtimes/onnx_taps.py", "runtimes/onnxruntime.py"},
     "onnxruntime": {"runtimes/onnxruntime.py"},
     "torchvision": {"data.py"},
     "PIL": {"data.py"},

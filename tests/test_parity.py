@@ -33,12 +33,6 @@ Faulty = Callable[[ArtifactSpec, Checkpoint, nn.Module], bytes]
 Vouched = Callable[[Bundle, Path, ArtifactSpec, bytes], Bundle]
 
 
-@pytest.fixture(autouse=True)
-def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen generated images of each kind where users get 256; the session's report was made with those."""
-    monkeypatch.setattr(api, "INPUTS", 16)
-
-
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what no GPU here can run, and one can")
 
 
