@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,7 +226,10 @@ def test_a_fault_on_one_image_of_a_set_is_caught_there_and_its_layers_are_those_
     assert {result.inputs for result in at_fault} == {inputs.name}
     assert {result.batch_size for result in at_fault} == {size for size in SIZES if size > index or size == max(SIZES)}
     largest = at_fault[-1]
-    assert (largest.reason or "").startswith(f"image {index}: ")
+    # A batch larger than the set repeats it, and the copies differ by rounding alone.
+    named = re.match(r"image (\d+): ", largest.reason or "")
+    assert named is not None
+    assert int(named[1]) % len(inputs.images) == index
     assert largest.first_divergent_layer == "output"
     assert "begins at output" in (largest.reason or ""), "the traced images hold the one at fault"
 

@@ -113,30 +113,31 @@ def _eager_rmse(
 
 
 def _condition(checkpoint: Checkpoint, images: torch.Tensor, oracle: torch.Tensor, precision: str) -> torch.Tensor:
-    """Measured on the oracle itself, with every weight and pixel moved up or down by one epsilon, at random, DRAWS times or more.
+    """Measured on the oracle itself, with every weight and pixel moved up or down by one epsilon, at random: the root mean square of draws.
 
     Rounding does the same to a healthy variant, so what this magnifies, that may be off by as much. It is near 1 for most images;
     where tanh's slope or a difference of large numbers magnifies, no implementation can do better.
     """
     largest = oracle.abs().amax(dim=1).clamp_min(2.0**-1000)
-    found = torch.ones_like(largest)
     if precision not in TOLERANCES:
-        return found
+        return torch.ones_like(largest)
     step = TOLERANCES[precision].epsilon
     generator = torch.Generator().manual_seed(SEED)
 
     def moved(values: torch.Tensor) -> torch.Tensor:
         return values * (1 + step * (2.0 * torch.randint(0, 2, values.shape, generator=generator) - 1))
 
-    for draw in range(MORE_DRAWS):
-        if draw >= DRAWS and (len(images) > FEW or found.max() < UNSTEADY):
-            break
+    def drawn() -> torch.Tensor:
         module = checkpoint.module().double()
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor.copy_(moved(tensor))
-        found = found.maximum((_evaluated(module, moved(images.double())) - oracle).abs().amax(dim=1) / (step * largest))
-    return found
+        return (_evaluated(module, moved(images.double())) - oracle).abs().amax(dim=1) / (step * largest)
+
+    draws = [drawn() for _ in range(DRAWS)]
+    if len(images) <= FEW and torch.stack(draws).max() >= UNSTEADY:
+        draws += [drawn() for _ in range(MORE_DRAWS - DRAWS)]
+    return torch.stack(draws).square().mean(dim=0).sqrt().clamp_min(1.0)
 
 
 def _evaluated(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
