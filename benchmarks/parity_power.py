@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from random import Random
 
@@ -579,7 +580,7 @@ def rendered(found: Sequence[Injection], runs: Sequence[Clean], settings: Settin
     misplaced = [each for each in _expected(found) if not each.located]
     listed = [f"- {_described(each)}: named {', '.join(each.named) or 'nothing'}, not {' or '.join(each.layers)}" for each in misplaced]
     parts = [
-        f"{environment_line(environment.capture())}; {wall_s:.0f} s. Polygraphy: {settings.polygraphy or 'not run'}.",
+        f"{environment_line(environment.capture())}; {wall_s:.0f} s. Polygraphy: {_version(settings.polygraphy)}.",
         to_markdown(power_table(found)),
         "At the right layer: of the faults caught, by the first failed check that names a layer. Not counted, since no layer "
         "computes them: a frozen batch, which does not run, and a foreign manifest, which is refused. Polygraphy: ONNX files only.",
@@ -592,6 +593,13 @@ def rendered(found: Sequence[Injection], runs: Sequence[Clean], settings: Settin
         *(f"**{problem}**" for problem in verdict(found, runs)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _version(folder: Path | None) -> str:
+    """Of the Polygraphy installed in a folder."""
+    if folder is None:
+        return "not run"
+    return next((each.version for each in metadata.distributions(path=[str(folder)]) if each.name == "polygraphy"), "of unknown version")
 
 
 def parsed(arguments: Sequence[str]) -> tuple[Settings, argparse.Namespace]:
@@ -643,7 +651,8 @@ def main(arguments: Sequence[str]) -> int:
             "injections": [{**dataclasses.asdict(each), "caught": each.caught, "located": each.located} for each in found],
             "clean": [dataclasses.asdict(run) for run in runs],
         }
-        write_file(options.json, dump("parity-power", 1, environment.capture(), body).encode())
+        document = dump("parity-power", 1, environment.capture(), body).replace(f"{work}/", "")  # the folder is gone by now
+        write_file(options.json, document.encode())
     return 1 if verdict(found, runs) else 0
 
 
