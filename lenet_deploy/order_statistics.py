@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
 Z95 = NormalDist().inv_cdf(0.975)
 
 # Samples needed before a percentile may be printed, at confidence 0.99 (MLPerf LoadGen, early_stopping.cc).
-MIN_SAMPLES = {90: 64, 99: 662}
+MIN_SAMPLES: Mapping[float, int] = {90: 64, 95: 130, 99: 662, 99.9: 6636}
 
-# torch.utils.benchmark warns from this ratio of interquartile range to median on.
+# torch.utils.benchmark warns from these ratios of interquartile range to median on.
 NOISY_RELATIVE_IQR = 0.10
+GROSS_RELATIVE_IQR = 0.25
+
+# The second half of the visits against the first: pyperf calls a change of more than this unsteady.
+DRIFT = 0.10
+# Two modes: a gap between neighbouring samples of the middle 90 % that is this share of the median, with a tenth of the samples on either
+# side. Half of torch's limit for noise, since a gap of that width in the middle of a sample is no accident.
+GAP = 0.05
+SIDE = 0.10
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
@@ -45,7 +53,7 @@ def median_ci95(samples: Sequence[float]) -> tuple[float, float] | None:
     return (ordered[low - 1], ordered[high - 1])
 
 
-def percentile(samples: Sequence[float], percent: int) -> float | None:
+def percentile(samples: Sequence[float], percent: float) -> float | None:
     """The percentile, or None where there are too few samples to claim it (see MIN_SAMPLES)."""
     return quantile(samples, percent / 100) if len(samples) >= MIN_SAMPLES[percent] else None
 
@@ -53,6 +61,52 @@ def percentile(samples: Sequence[float], percent: int) -> float | None:
 def relative_iqr(samples: Sequence[float]) -> float:
     """Interquartile range divided by the median."""
     return (quantile(samples, 0.75) - quantile(samples, 0.25)) / median(samples)
+
+
+def warnings(visits: Sequence[Sequence[float]], flagged: int = 0) -> tuple[str, ...]:
+    """What the samples of a measurement say against it, visit by visit in the order of time."""
+    samples = [sample for visit in visits for sample in visit]
+    if not samples:
+        return (f"all {flagged} samples were flagged",)
+    found = []
+    spread = relative_iqr(samples)
+    if spread > NOISY_RELATIVE_IQR:
+        word = "grossly noisy" if spread > GROSS_RELATIVE_IQR else "noisy"
+        found.append(f"{word}: interquartile range is {spread:.0%} of the median")
+    change = drift([median(visit) for visit in visits])
+    if change is not None:
+        found.append(f"drift: later visits took {change:+.0%}")
+    centres = modes(samples)
+    if centres is not None:
+        found.append(f"two modes: {centres[0] * 1e6:.4g} and {centres[1] * 1e6:.4g} us")
+    if flagged:
+        found.append(f"{flagged} samples flagged and left out")
+    return tuple(found)
+
+
+def drift(medians: Sequence[float]) -> float | None:
+    """Relative change from the first half of the visits to the second, or None where there is no drift.
+
+    A trend: the change exceeds DRIFT, and all visits of one half are on one side of the median of all (of at least six visits).
+    """
+    half = len(medians) // 2
+    if half < 3:
+        return None
+    first, second, middle = median(medians[:half]), median(medians[-half:]), median(medians)
+    change = second / first - 1
+    rising = change > DRIFT and max(medians[:half]) <= middle <= min(medians[-half:])
+    falling = change < -DRIFT and min(medians[:half]) >= middle >= max(medians[-half:])
+    return change if rising or falling else None
+
+
+def modes(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The medians below and above the widest gap in the samples, or None where no gap divides them."""
+    ordered = sorted(samples)
+    side = math.ceil(SIDE * len(ordered))
+    if side < 2 or len(ordered) < 20:
+        return None
+    gap, at = max((ordered[i] - ordered[i - 1], i) for i in range(side, len(ordered) - side + 1))
+    return (median(ordered[:at]), median(ordered[at:])) if gap > GAP * median(ordered) else None
 
 
 def wilson_ci95(successes: int, trials: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -279,6 +280,30 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class Visit:
+    """An uninterrupted stretch of launches of one case: what a bench interleaves, pairs and resamples.
+
+    Attributes:
+        process: number of the worker process, from 0.
+        round: number of the pass over all cases in that process, from 0.
+        samples: how many of the measurement's `times_s` are this visit's, in order.
+        singles: how many of its `single_times_s` are.
+        window_images, window_s: images and wall-clock seconds of launches back to back, the last one waited for.
+        energy_j: what the GPU drew during the window; None where it does not say.
+        flag: why the visit is kept out of the statistics, e.g. a throttled clock; None for one that counts.
+    """
+
+    process: int
+    round: int
+    samples: int
+    singles: int
+    window_images: int
+    window_s: float
+    energy_j: float | None = None
+    flag: str | None = None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The raw times of one variant under one workload; everything else is derived.
 
@@ -286,9 +311,16 @@ class Measurement:
         scope: `device` (input resident on the device, to outputs ready) or `e2e` (uint8 in host memory to logits there).
         times_s: seconds per launch; each is a block's time divided by `launches_per_block`.
         launches_per_block: launches between two readings of the clock.
-        window_images: images that went through the back-to-back windows.
-        window_s: wall-clock seconds of those windows.
-        warmup_launches: launches before the first kept time.
+        visits: where the times come from, in order.
+        warmup_launches: launches before the first kept time, over all processes.
+        stop: why no more was measured: one of STOPS.
+        single_times_s: seconds of launches timed alone; empty where `times_s` are that already.
+        gpu_times_s: seconds between CUDA events around a launch, on the stream it runs on.
+        enqueue_times_s: seconds until the host may go on, of launches on CUDA.
+        h2d_times_s, d2h_times_s: seconds of the copies to and from the GPU alone.
+        overhead_s: seconds of a launch that do not grow with the batch.
+        floors_s: the least that this launch can take on this device, by what limits it: `compute`, `memory`, `pcie`.
+        peak_memory_bytes: most device memory that the process held.
         node_providers: placement of each ONNX node.
     """
 
@@ -298,58 +330,225 @@ class Measurement:
     scope: str
     times_s: tuple[float, ...]
     launches_per_block: int
-    window_images: int
-    window_s: float
+    visits: tuple[Visit, ...]
     warmup_launches: int
+    stop: str
     size_bytes: int
     accuracy: float | None
+    single_times_s: tuple[float, ...] = ()
+    gpu_times_s: tuple[float, ...] = ()
+    enqueue_times_s: tuple[float, ...] = ()
+    h2d_times_s: tuple[float, ...] = ()
+    d2h_times_s: tuple[float, ...] = ()
+    overhead_s: float | None = None
+    floors_s: Mapping[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
     node_providers: tuple[NodePlacement, ...] = ()
+
+    @property
+    def by_visit(self) -> tuple[tuple[Visit, tuple[float, ...]], ...]:
+        """The visits that count, each with its `times_s`."""
+        ends = itertools.accumulate(visit.samples for visit in self.visits)
+        return tuple(
+            (visit, self.times_s[end - visit.samples : end])
+            for visit, end in zip(self.visits, ends, strict=True)
+            if visit.samples and visit.flag is None
+        )
+
+    @property
+    def kept_s(self) -> tuple[float, ...]:
+        """`times_s` of the visits that count."""
+        return tuple(itertools.chain.from_iterable(times for _, times in self.by_visit))
+
+    @property
+    def kept_singles_s(self) -> tuple[float, ...]:
+        """Singly timed launches of the visits that count."""
+        if self.launches_per_block == 1:
+            return self.kept_s
+        ends = itertools.accumulate(visit.singles for visit in self.visits)
+        kept = (self.single_times_s[end - v.singles : end] for v, end in zip(self.visits, ends, strict=True) if v.flag is None)
+        return tuple(itertools.chain.from_iterable(kept))
+
+    @property
+    def flagged(self) -> int:
+        """Samples kept out of the statistics."""
+        return sum(visit.samples for visit in self.visits if visit.flag is not None)
 
     @property
     def median_s(self) -> float:
         """Median seconds per launch."""
-        return order_statistics.median(self.times_s)
+        return order_statistics.median(self.kept_s)
 
     @property
     def ci95_s(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the median; None with too few samples."""
-        return order_statistics.median_ci95(self.times_s)
+        """95 % confidence interval of the median: of the samples or of the visits' medians, whichever is wider.
+
+        Samples of one visit are not independent of each other. None with fewer than six visits, where none exists.
+        """
+        visits = order_statistics.median_ci95([order_statistics.median(times) for _, times in self.by_visit])
+        samples = order_statistics.median_ci95(self.kept_s)
+        return (min(visits[0], samples[0]), max(visits[1], samples[1])) if visits and samples else None
 
     @property
-    def p90_s(self) -> float | None:
-        """90th percentile of single launches; None with too few samples."""
-        return self._percentile(90)
-
-    @property
-    def p99_s(self) -> float | None:
-        """99th percentile of single launches; None with too few samples."""
-        return self._percentile(99)
+    def percentiles_s(self) -> Mapping[str, float | None]:
+        """`p90`, `p95`, `p99` and `p99.9` of singly timed launches; None for one with too few samples."""
+        singles = self.kept_singles_s
+        return {f"p{percent:g}": order_statistics.percentile(singles, percent) for percent in order_statistics.MIN_SAMPLES}
 
     @property
     def throughput_ips(self) -> float:
         """Images per second of wall clock, launches back to back."""
-        return self.window_images / self.window_s
+        kept = [visit for visit in self.visits if visit.flag is None]
+        return sum(visit.window_images for visit in kept) / sum(visit.window_s for visit in kept)
+
+    @property
+    def energy_per_image_j(self) -> float | None:
+        """Joules that the GPU drew per image, launches back to back; None where it does not say."""
+        known = [visit for visit in self.visits if visit.flag is None and visit.energy_j is not None]
+        images = sum(visit.window_images for visit in known)
+        return sum(visit.energy_j or 0.0 for visit in known) / images if images else None
+
+    @property
+    def limit_fraction(self) -> float | None:
+        """Share of the physical limit: the longest floor in the median; None where the limit was not measured."""
+        return max(self.floors_s.values()) / self.median_s if self.floors_s else None
+
+    @property
+    def bound(self) -> str | None:
+        """What binds: `launch`, `pcie`, `compute` or `memory`, by TensorRT's rules (sampleReporting.cpp); None where unknown.
+
+        A launch whose fixed part is more than 0.8 of it is bound by that. One whose copies take at least as long as the GPU computes is
+        bound by them. Any other is bound by the longest floor.
+        """
+        if self.overhead_s is not None and self.overhead_s > LAUNCH_BOUND * self.median_s:
+            return "launch"
+        if self.gpu_times_s and self.scope == "e2e":
+            copies = [order_statistics.median(times) for times in (self.h2d_times_s, self.d2h_times_s) if times]
+            if copies and max(copies) >= order_statistics.median(self.gpu_times_s):
+                return "pcie"
+        return max(self.floors_s, key=lambda kind: self.floors_s[kind]) if self.floors_s else None
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader must know before citing the numbers."""
-        spread = order_statistics.relative_iqr(self.times_s)
-        if spread > order_statistics.NOISY_RELATIVE_IQR:
-            return (f"noisy: interquartile range is {spread:.0%} of the median",)
-        return ()
+        return order_statistics.warnings([times for _, times in self.by_visit], self.flagged)
 
-    def _percentile(self, percent: int) -> float | None:
-        # A block's mean hides its slow launches, so percentiles come from single launches only.
-        return order_statistics.percentile(self.times_s, percent) if self.launches_per_block == 1 else None
+
+LAUNCH_BOUND = 0.8  # TensorRT, sampleReporting.cpp: enqueue against compute
+
+# Why a measurement ended. `precise`: the 95 % interval of the median is narrow enough. `settled`: the noise would not shrink with more
+# samples. `rounds`: as many as were asked for. `time limit`: the profile's. `interrupted`: by Ctrl-C.
+STOPS = ("precise", "settled", "rounds", "time limit", "interrupted")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a device can do at most, measured beside the variants.
+
+    Attributes:
+        flops: floating-point operations per second of a large matrix product, by precision.
+        memory_bps: bytes per second read and written by a large copy.
+        pcie_bps: bytes per second from pinned host memory to the device; None on the CPU.
+    """
+
+    device: str
+    flops: Mapping[str, float]
+    memory_bps: float
+    pcie_bps: float | None = None
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """One variant in a fresh process, seconds each.
+
+    Attributes:
+        import_s: importing what the variant needs.
+        load_s: opening the artifact as a session.
+        first_s: the first inference at batch 1.
+        steady_s: from then on until launches were steady.
+        total_s: from the start of the process to the first answer.
+    """
+
+    variant: str
+    import_s: float
+    load_s: float
+    first_s: float
+    steady_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times as fast as the baseline, paired visit by visit.
+
+    Attributes:
+        ratio: median over the pairs of baseline time to variant time.
+        ci95: bootstrap interval of it; None with too few pairs.
+        pairs: visits of the same round of the same process.
+    """
+
+    variant: str
+    baseline: str
+    batch_size: int
+    scope: str
+    ratio: float
+    ci95: tuple[float, float] | None
+    pairs: int
+
+
+@dataclass(frozen=True)
+class BatchChoice:
+    """The batch size to use for one variant, from a sweep.
+
+    Attributes:
+        best: batch size of the highest throughput.
+        within_slo: that of the highest throughput whose latency is within the budget; None where no size is, or none was asked for.
+        statistic: what was compared with the budget: `p99` where all sizes have it, else `median`.
+    """
+
+    variant: str
+    scope: str
+    best: int
+    within_slo: int | None
+    statistic: str
+
+
+@dataclass(frozen=True)
+class MachineState:
+    """What the machine was doing while a worker process measured.
+
+    Attributes:
+        process: number of the worker process.
+        cpu: affinity, governor, load and share of stolen time.
+        gpu: clocks, temperature, throttle reasons, power and other processes; empty without one.
+        remarks: what makes it a noisy machine, in words.
+    """
+
+    process: int
+    cpu: Mapping[str, Any]
+    gpu: Mapping[str, Any]
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All measurements of one bench run."""
+    """All measurements of one bench run.
+
+    Attributes:
+        options: the profile and every switch that decides a number.
+        partial: why it is not complete; None for a whole one.
+    """
 
     measurements: tuple[Measurement, ...]
     skipped: tuple[Failure, ...]
     environment: Environment
+    options: Mapping[str, Any] = field(default_factory=dict)
+    limits: tuple[Limit, ...] = ()
+    machine: tuple[MachineState, ...] = ()
+    cold_starts: tuple[ColdStart, ...] = ()
+    speedups: tuple[Speedup, ...] = ()
+    batches: tuple[BatchChoice, ...] = ()
+    partial: str | None = None
 
 
 @dataclass(frozen=True)

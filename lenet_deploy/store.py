@@ -13,19 +13,29 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lenet_deploy import order_statistics
 from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, first_line
 from lenet_deploy.records import (
     AccuracyReport,
+    BatchChoice,
     BenchReport,
+    ColdStart,
     Decisions,
     Environment,
     EpochStats,
     Failure,
+    Limit,
+    MachineState,
     Manifest,
     Measurement,
+    NodePlacement,
     ParityReport,
     RuntimeStatus,
+    Speedup,
+    Visit,
 )
+
+BENCH = 2  # version of the bench schema
 
 
 def sha256(data: bytes) -> str:
@@ -121,8 +131,8 @@ def digest(document: Mapping[str, Any]) -> str:
     return sha256(json.dumps(document, sort_keys=True).encode())
 
 
-def parse(text: bytes, kind: str, version: int, where: Path) -> dict[str, Any]:
-    """The document behind `text`, its schema checked.
+def parse(text: bytes, kind: str, version: int, where: Path, also: tuple[int, ...] = ()) -> dict[str, Any]:
+    """The document behind `text`, its schema checked; `also` are older versions that the caller reads.
 
     Raises:
         DamagedFile: not JSON, or another schema.
@@ -133,7 +143,7 @@ def parse(text: bytes, kind: str, version: int, where: Path) -> dict[str, Any]:
         raise DamagedFile(f"{where}: not valid JSON ({error}); it is truncated or of another kind") from None
     schema = f"lenet-deploy/{kind}/{version}"
     found = document.get("schema") if isinstance(document, dict) else None
-    if found != schema:
+    if found not in {schema, *(f"lenet-deploy/{kind}/{older}" for older in also)}:
         raise DamagedFile(f"{where}: schema is {found!r}, this version reads {schema!r}")
     assert isinstance(document, dict)
     return document
@@ -147,12 +157,44 @@ def parity_json(report: ParityReport) -> str:
 
 
 def bench_json(report: BenchReport) -> str:
-    """`bench` JSON, schema version 1: raw times beside the statistics derived from them."""
+    """`bench` JSON, schema version 2: raw times beside the statistics derived from them."""
     body = {
+        "partial": report.partial,
+        "options": dict(report.options),
         "measurements": [_measurement(measurement) for measurement in report.measurements],
         "skipped": _skipped(report.skipped),
+        "speedups": [dataclasses.asdict(each) for each in report.speedups],
+        "batches": [dataclasses.asdict(each) for each in report.batches],
+        "limits": [dataclasses.asdict(each) for each in report.limits],
+        "cold_starts": [dataclasses.asdict(each) for each in report.cold_starts],
+        "machine": [dataclasses.asdict(each) for each in report.machine],
     }
-    return dump("bench", 1, report.environment, body)
+    return dump("bench", BENCH, report.environment, body)
+
+
+def read_bench(path: Path) -> BenchReport:
+    """The report in a `bench` JSON, of this version or an older one.
+
+    Raises:
+        BadInput: no such file.
+        DamagedFile: not a `bench` JSON, or one that does not hold what its schema says.
+    """
+    document = parse(read_file(path, "a result of bench"), "bench", BENCH, path, also=(1,))
+    try:
+        return BenchReport(
+            measurements=tuple(_read_measurement(each) for each in document["measurements"]),
+            skipped=tuple(Failure(each["variant"], each["reason"]) for each in document["skipped"]),
+            environment=Environment(**document["environment"]),
+            options=document.get("options", {}),
+            limits=tuple(Limit(**each) for each in document.get("limits", ())),
+            machine=tuple(MachineState(**{**each, "remarks": tuple(each["remarks"])}) for each in document.get("machine", ())),
+            cold_starts=tuple(ColdStart(**each) for each in document.get("cold_starts", ())),
+            speedups=tuple(Speedup(**{**each, "ci95": each["ci95"] and tuple(each["ci95"])}) for each in document.get("speedups", ())),
+            batches=tuple(BatchChoice(**each) for each in document.get("batches", ())),
+            partial=document.get("partial"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(f"{path}: not what bench wrote ({first_line(error)}); it was altered, get a fresh copy") from None
 
 
 def doctor_json(statuses: tuple[RuntimeStatus, ...], environment: Environment) -> str:
@@ -208,16 +250,50 @@ def _decisions(decisions: Decisions | None) -> dict[str, Any] | None:
 
 
 def _measurement(measurement: Measurement) -> dict[str, Any]:
+    percentiles = {f"{name}_s": value for name, value in measurement.percentiles_s.items()}
+    needed = {f"p{percent:g}_s": count for percent, count in order_statistics.MIN_SAMPLES.items()}
+    singles = len(measurement.kept_singles_s)
+    measured = bool(measurement.kept_s)
     return {
         **dataclasses.asdict(measurement),
-        "median_s": measurement.median_s,
-        "ci95_s": measurement.ci95_s,
-        "p90_s": measurement.p90_s,
-        "p99_s": measurement.p99_s,
-        "throughput_ips": measurement.throughput_ips,
-        "limit_fraction": None,  # not measured: it needs the device's physical limit
+        "median_s": measurement.median_s if measured else None,
+        "ci95_s": measurement.ci95_s if measured else None,
+        **percentiles,
+        "missing": {
+            name: f"{singles} launches were timed alone, {needed[name]} are needed" for name, value in percentiles.items() if value is None
+        },
+        "throughput_ips": measurement.throughput_ips if measured else None,
+        "window_images": sum(visit.window_images for visit in measurement.visits),
+        "window_s": sum(visit.window_s for visit in measurement.visits),
+        "flagged": measurement.flagged,
+        "energy_per_image_j": measurement.energy_per_image_j,
+        "limit_fraction": measurement.limit_fraction if measured else None,
+        "bound": measurement.bound if measured else None,
         "warnings": measurement.warnings,
     }
+
+
+_MEASURED = tuple(field.name for field in dataclasses.fields(Measurement))
+
+
+def _read_measurement(document: Mapping[str, Any]) -> Measurement:
+    """Only the raw fields are read; what is derived from them is derived again."""
+    known = {name: document[name] for name in _MEASURED if name in document}
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    # Version 1 did not say where one visit ended.
+    whole = {
+        "process": 0,
+        "round": 0,
+        "samples": len(known["times_s"]),
+        "singles": 0,
+        "window_images": document["window_images"],
+        "window_s": document["window_s"],
+    }
+    visits = tuple(Visit(**each) for each in document.get("visits", (whole,)))
+    if sum(visit.samples for visit in visits) != len(known["times_s"]):
+        raise ValueError(f"{known['variant']}: its visits and its times do not agree")
+    nodes = tuple(NodePlacement(**each) for each in document.get("node_providers", ()))
+    return Measurement(**{"stop": "rounds", **known, "visits": visits, "node_providers": nodes})
 
 
 def _reason(error: Exception) -> str:
