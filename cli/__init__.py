@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from . import bench, demo, doctor, evaluate, export, inspect, parity, predict, train
+from . import bench, compare, demo, doctor, evaluate, export, inspect, parity, predict, train
 from .errors import run, take_interrupts
 
 COMMANDS = (
@@ -17,6 +17,7 @@ COMMANDS = (
     export.export,
     parity.parity,
     bench.bench,
+    compare.compare,
     predict.predict,
     doctor.doctor,
 )

@@ -1,44 +1,155 @@
-"""`lenet-deploy bench`."""
+"""`lenet-deploy bench`: measurements by default; with --scenario the load, with --trace the operators."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from .options import Batches, BundlePath, Device, Json, Markdown, Quiet, Variants, numbers, words
-from .output import emit, note_skipped, progress
+from lenet_deploy.errors import BadInput
+
+from .errors import INTERRUPTED
+from .options import AllowTf32, BundlePath, Device, Json, Markdown, Quiet, Variants, numbers, settings, words
+from .output import emit, note, note_skipped, progress, show
 
 
 def bench(
     bundle: BundlePath,
     variants: Variants = None,
-    batch: Batches = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,...|auto", help="Batch sizes; auto doubles until throughput stops growing.")
+    ] = None,
+    slo_ms: Annotated[float | None, typer.Option(metavar="MS", help="Latency budget: name the best batch size within it.")] = None,
     scope: Annotated[
-        str, typer.Option(metavar="S,...", help="device (inputs resident there), e2e (uint8 on the host to logits).")
-    ] = "device,e2e",
-    rounds: Annotated[int | None, typer.Option(help="Times every case is visited. Default: the profile's.")] = None,
-    profile: Annotated[str, typer.Option(help="quick (core variants) or full (all).")] = "quick",
+        str | None, typer.Option(metavar="S,...", help="device (inputs resident there), e2e (uint8 on the host to logits). Default: both.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Visits of every case in each process. Default: until precise.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Fresh worker processes. Default: the profile's.")] = None,
+    profile: Annotated[str, typer.Option(help="quick (core variants, 1 process) or full (all, 3).")] = "quick",
+    baseline: Annotated[str | None, typer.Option(metavar="VARIANT", help="What speed-ups are relative to. Default: the first.")] = None,
+    cold_start: Annotated[
+        bool | None, typer.Option("--cold-start/--no-cold-start", help="First answer in a fresh process. Default: in full.")
+    ] = None,
+    scenario: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead, MLPerf LoadGen: single-stream, multi-stream, server or offline.")
+    ] = None,
+    latency_bound_ms: Annotated[float | None, typer.Option(metavar="MS", help="What 99 % have to keep in server. Default: 15.")] = None,
+    duration: Annotated[float | None, typer.Option(metavar="S", help="Least seconds of a scenario's load. Default: 10.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Instead, the operators: a Chrome trace in DIR and a table of each variant.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Intra-op threads of torch and ONNX Runtime. Default: torch's.")] = None,
+    allow_tf32: AllowTf32 = False,
+    ort_option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Session option for ONNX Runtime. Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of visits.")] = 0,
     device: Device = "auto",
     json: Json = None,
     markdown: Markdown = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure latency and throughput of every variant that runs here, interleaved, by one clock."""
+    shared: dict[str, Any] = {
+        "variants": words(variants) if variants else None,
+        "profile": profile,
+        "threads": threads,
+        "allow_tf32": allow_tf32,
+        "ort_options": settings(ort_option, "--ort-option"),
+        "device": device,
+    }
+    # What goes with measurements alone, and what with a scenario alone: nothing given is silently without effect.
+    timing = {
+        "--slo-ms": slo_ms,
+        "--scope": scope,
+        "--rounds": rounds,
+        "--processes": processes,
+        "--baseline": baseline,
+        "--cold-start": cold_start,
+        "--batch auto": True if batch == "auto" else None,
+    }
+    load = {"--latency-bound-ms": latency_bound_ms, "--duration": duration}
+    if trace:
+        _refuse("--trace", {**timing, **load, "--scenario": scenario, "--json": json, "--markdown": markdown})
+        _trace(bundle, trace, numbers(batch), shared, quiet)
+        return
+    if scenario:
+        _refuse("--scenario", timing)
+        _load(bundle, scenario, numbers(batch), duration, latency_bound_ms, shared, json, markdown, quiet)
+        return
+    _refuse("a bench without --scenario", load)
     from lenet_deploy import api
-    from lenet_deploy.report.tables import bench_table, environment_line
+    from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table
     from lenet_deploy.store import bench_json
 
-    with progress(quiet) as show:
+    sweep = batch == "auto"
+    with progress(quiet) as advance:
         report = api.benchmark(
             bundle,
-            variants=words(variants) if variants else None,
-            batch_sizes=numbers(batch),
-            scopes=words(scope),
+            batch_sizes=None if sweep else numbers(batch),
+            sweep=sweep,
+            slo_s=None if slo_ms is None else slo_ms / 1e3,
+            scopes=words(scope or "device,e2e"),
             rounds=rounds,
-            profile=profile,
-            device=device,
-            progress=show,
+            processes=processes,
+            baseline=baseline,
+            cold_start=cold_start,
+            seed=seed,
+            progress=advance,
+            **shared,
         )
     note_skipped(report.skipped, quiet)
-    emit(bench_table(report), lambda: bench_json(report), json, markdown, environment_line(report.environment))
+    emit(bench_table(report), lambda: bench_json(report), json, markdown, *bench_notes(report), markdown=lambda: bench_markdown(report))
+    if report.partial:
+        note(f"partial: {report.partial}")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _refuse(what: str, options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise BadInput(f"{', '.join(given)} cannot be used with {what}; leave {'them' if len(given) > 1 else 'it'} out")
+
+
+def _load(
+    bundle: Path,
+    scenario: str,
+    sizes: tuple[int, ...] | None,
+    duration: float | None,
+    latency_bound_ms: float | None,
+    shared: dict[str, Any],
+    json: str | None,
+    markdown: Path | None,
+    quiet: bool,
+) -> None:
+    from lenet_deploy import api
+    from lenet_deploy.report.load import load_table, probe_table
+    from lenet_deploy.report.table import to_text
+    from lenet_deploy.report.tables import environment_line
+    from lenet_deploy.store import bench_json
+
+    with progress(quiet) as advance:
+        report = api.load_test(
+            bundle,
+            scenario,
+            duration_s=duration,
+            latency_bound_s=None if latency_bound_ms is None else latency_bound_ms / 1e3,
+            batch_size=max(sizes) if sizes else None,
+            progress=advance,
+            **shared,
+        )
+    note_skipped(report.skipped, quiet)
+    probes = (f"\n{result.variant}: rates tried\n{to_text(probe_table(result))}" for result in report.loads if result.probes)
+    emit(load_table(report.loads), lambda: bench_json(report), json, markdown, *probes, "", environment_line(report.environment))
+
+
+def _trace(bundle: Path, directory: Path, sizes: tuple[int, ...] | None, shared: dict[str, Any], quiet: bool) -> None:
+    from lenet_deploy import api
+    from lenet_deploy.report.table import to_text
+    from lenet_deploy.report.trace import trace_lines, trace_tables
+
+    with progress(quiet) as advance:
+        traces, skipped = api.trace(bundle, directory, batch_sizes=sizes, progress=advance, **shared)
+    note_skipped(skipped, quiet)
+    for each in traces:
+        show(*(f"{title}\n{to_text(table)}\n" for title, table in trace_tables(each)), *trace_lines(each), "")

@@ -15,10 +15,16 @@ from typing import Any
 
 import typer
 
-from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, LenetDeployError, Unusable
+from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, Inconclusive, LenetDeployError, Unusable
 
 CANNOT_WRITE = 5
-EXIT_CODES: tuple[tuple[type[Exception], int], ...] = ((GateFailed, 1), (BadInput, 2), (Unusable, 3), (CannotWrite, CANNOT_WRITE))
+EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (GateFailed, 1),
+    (BadInput, 2),
+    (Unusable, 3),
+    (Inconclusive, 4),
+    (CannotWrite, CANNOT_WRITE),
+)
 # typer once raised click's exceptions and now raises its own copies; this is the base of all usage errors in both.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 INTERRUPTED = 130

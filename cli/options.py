@@ -63,13 +63,13 @@ def numbers(text: str | None) -> tuple[int, ...] | None:
         raise BadInput(f"{text!r} is not whole numbers separated by commas") from None
 
 
-def settings(pairs: list[str] | None) -> dict[str, str]:
+def settings(given: list[str] | None, option: str = "--set") -> dict[str, str]:
     """`KEY=VALUE` options by key; raises BadInput."""
     found = {}
-    for pair in pairs or ():
+    for pair in given or ():
         key, equals, value = pair.partition("=")
         if not (key and equals and value):
-            raise BadInput(f"--set {pair!r} is not KEY=VALUE")
+            raise BadInput(f"{option} {pair!r} is not KEY=VALUE")
         found[key] = value
     return found
 

@@ -39,11 +39,16 @@ def emit(
         write_file(Path(str(json_to)), text().encode())
     if markdown_to is not None:
         write_markdown(markdown_to, markdown() if markdown else to_markdown(table) + "\n")
+    if json_to == "-":
+        show(text().removesuffix("\n"))
+    else:
+        show(to_text(table), *lines)
+
+
+def show(*lines: str) -> None:
+    """Lines of a result on standard output; a reader that has gone is no error."""
     try:
-        if json_to == "-":
-            typer.echo(text(), nl=False)
-        else:
-            typer.echo("\n".join((to_text(table), *lines)))
+        typer.echo("\n".join(lines))
         sys.stdout.flush()
     except BrokenPipeError:
         discard_stdout()  # the command still ends with its own exit code
@@ -119,8 +124,8 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
 
-        def show(done: int, total: int, what: str) -> None:
+        def advance(done: int, total: int, what: str) -> None:
             raise_if_interrupted()
             bar.update(task, completed=done, total=total, description=what)
 
-        yield show
+        yield advance

@@ -1,11 +1,10 @@
-"""The public functions: load, export (export + parity + publish), check_parity, benchmark; evaluate, predict and doctor.
+"""The public functions: load, export (export + parity + publish), check_parity, benchmark; load_test, trace, evaluate, predict and doctor.
 
 Importing this module imports no torch; the functions import what they need.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lenet_deploy import environment
-from lenet_deploy.errors import BadInput, GateFailed, Unusable, first_line
+from lenet_deploy.bench.direct import load_test, trace
+from lenet_deploy.bench.run import benchmark, sizes_of
+from lenet_deploy.errors import BadInput, GateFailed, first_line
 from lenet_deploy.evaluation import evaluate, predict
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,
-    BenchReport,
     Failure,
     ParityReport,
     ParityResult,
@@ -33,22 +33,30 @@ from lenet_deploy.sources import (
     device_of,
     load,
     on_device,
-    open_session,
     parity_dataset,
 )
 from lenet_deploy.variants import CHECKPOINT, DEVICES, RUNTIMES, VARIANTS, RuntimeEntry, select_artifacts
 
 if TYPE_CHECKING:
-    import torch
-
     from lenet_deploy.bundle import Bundle
     from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.data import Dataset
 
-__all__ = ["ExportReport", "ParityFailed", "benchmark", "check_parity", "doctor", "evaluate", "export", "load", "predict"]
+__all__ = [
+    "ExportReport",
+    "ParityFailed",
+    "benchmark",
+    "check_parity",
+    "doctor",
+    "evaluate",
+    "export",
+    "load",
+    "load_test",
+    "predict",
+    "trace",
+]
 
 INPUTS = 256  # generated images of each kind; a larger batch repeats them
-MAX_BATCH = 65_536  # beyond it a batch is a typing mistake, and its buffers would not fit
 
 # Called with steps done, steps in all, and what is at work.
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -197,7 +205,7 @@ def check_parity(
     from lenet_deploy.parity.weights import check_weights
 
     opened = _open(bundle)
-    sizes = _batch_sizes(batch_sizes or BATCH_SIZES)
+    sizes = sizes_of(batch_sizes or BATCH_SIZES)
     selected = on_device(bundle_variants(opened, variants), device)
     required = tuple(variant.name for variant in bundle_variants(opened, require))
     unselected = set(required) - {variant.name for variant in selected}
@@ -224,79 +232,6 @@ def check_parity(
             results += ran
         state = float32_state()
     return ParityReport(tuple(results), tuple(notes), environment.capture(), state, required)
-
-
-def benchmark(
-    bundle: str | Path | Bundle,
-    *,
-    variants: Iterable[str] | None = None,
-    batch_sizes: Sequence[int] | None = None,
-    scopes: Sequence[str] = ("device", "e2e"),
-    rounds: int | None = None,
-    profile: str = "quick",
-    device: str = "auto",
-    progress: Progress = _silent,
-) -> BenchReport:
-    """Measure the variants of a bundle that this machine can run; the others are listed with the reason.
-
-    Args:
-        variants: globs over variant names; what the profile covers when None.
-        batch_sizes: each at least 1; the profile's when None.
-        scopes: `device`, `e2e` or both.
-        rounds: times every case is visited; the profile's when None.
-        profile: `quick` or `full`.
-        device: `auto` for every device, else only the variants of `cpu` or `cuda[:N]`.
-
-    Raises:
-        BadInput: not a bundle, an unknown variant, scope or profile, a batch size or rounds below 1, a wrong digest.
-        Unusable: `device` does not work here, or none of the variants asked for does.
-    """
-    from lenet_deploy.bench.plan import SCOPES, Case, find_profile, measure
-
-    plan = find_profile(profile)
-    sizes = _batch_sizes(batch_sizes or plan.batch_sizes)
-    scopes = tuple(dict.fromkeys(scopes))
-    for scope in scopes or ("",):
-        if scope not in SCOPES:
-            raise BadInput(f"unknown scope {scope!r}; use {' or '.join(SCOPES)}")
-    if rounds is not None:
-        if rounds < 1:
-            raise BadInput(f"rounds is {rounds}; it must be at least 1")
-        plan = dataclasses.replace(plan, rounds=rounds)
-    opened = _open(bundle)
-    selected = bundle_variants(opened, variants or ("*",))
-    if variants is None and plan.core_only:
-        selected = tuple(variant for variant in selected if variant.core)
-    selected = on_device(selected, device)
-    source, images = bundle_source(opened), _bench_images(opened, max(sizes))
-    skipped: list[Failure] = []
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(computing(device))
-        cases = []
-        for variant in selected:
-            artifact = artifact_of(opened, variant)
-            try:
-                session = stack.enter_context(open_session(source, variant, device))
-            except Unusable as error:
-                skipped.append(Failure(variant.name, str(error)))
-                continue
-            cases += [
-                Case(
-                    variant,
-                    session,
-                    images[:size],
-                    scope,
-                    opened.metadata.preprocessing,
-                    artifact.size_bytes,
-                    artifact.accuracy.get(variant.name),
-                )
-                for size in sizes
-                for scope in scopes
-            ]
-        if not cases:
-            raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in skipped))
-        measurements = measure(cases, plan, progress)
-    return BenchReport(measurements, tuple(skipped), environment.capture())
 
 
 def doctor() -> tuple[RuntimeStatus, ...]:
@@ -333,20 +268,3 @@ def _judged(artifact: Artifact, report: ParityReport, rows: Sequence[AccuracyRow
     passed = any(result.variant in names and result.status == "pass" for result in report.results)
     known = {row.variant: row.accuracy for row in rows if row.variant in names}
     return dataclasses.replace(artifact, status="verified" if passed else "unverified", accuracy=known)
-
-
-def _bench_images(bundle: Bundle, count: int) -> torch.Tensor:
-    """Real uint8 images for the clock: the values do not matter to it, denormals and constants would."""
-    import torch
-
-    from lenet_deploy.data import fit, load_dataset
-
-    images = load_dataset("digits").test_images
-    return fit(images[torch.arange(count) % len(images)], bundle.metadata.preprocessing)
-
-
-def _batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    for size in sizes:
-        if not 1 <= size <= MAX_BATCH:
-            raise BadInput(f"batch size is {size}; it must be at least 1 and at most {MAX_BATCH:,}")
-    return tuple(dict.fromkeys(sizes))

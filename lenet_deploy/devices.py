@@ -11,6 +11,8 @@ import torch
 from lenet_deploy.errors import BadInput, Unusable, first_line
 from lenet_deploy.records import RuntimeStatus
 
+MAX_THREADS = 1024  # beyond it is a typing mistake, and OpenMP ends the process where the system gives no more threads
+
 
 def parse_device(text: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; `auto` is CUDA where it works, else the CPU.
@@ -89,6 +91,37 @@ def float32_state() -> dict[str, str]:
     """What float32 means now, by switch: `ieee` or `tf32`."""
     state = {name: str(switch.fp32_precision) for name, switch in _switches().items()}
     return {**state, "onnxruntime.cuda": "tf32" if tf32_allowed() else "ieee"}
+
+
+def check_threads(count: int | None) -> None:
+    """Raise BadInput for a number of threads that none can have; more than there are cores is allowed, see `threads_note`."""
+    if count is not None and not 1 <= count <= MAX_THREADS:
+        raise BadInput(f"threads is {count}; it must be from 1 to {MAX_THREADS:,}, and is best at most the number of cores")
+
+
+def threads_note(count: int, cores: int) -> str | None:
+    """What a reader should know of `count` threads on `cores` logical CPUs; None where each has one to itself."""
+    return f"{count} threads share {cores} cores, so they wait for each other" if count > cores else None
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Give torch `count` threads for the work inside an operator, and so each ONNX Runtime session opened inside; restore what was.
+
+    None leaves the number as it is. It holds for the calling thread alone: OpenMP keeps the number by thread.
+
+    Raises:
+        BadInput: below 1 or beyond MAX_THREADS.
+    """
+    check_threads(count)
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

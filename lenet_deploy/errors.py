@@ -6,6 +6,7 @@
     |   |-- InvalidConfig    a model configuration that cannot be built
     |   `-- DamagedFile      truncated, tampered with, foreign or unreadable
     |-- GateFailed           a check said no: parity, or nothing could be exported (1)
+    |-- Inconclusive         the measurements do not decide the question         (4)
     |-- Unusable             the runtime or device asked for does not work here    (3)
     |   `-- Misplaced        it works, and would run some nodes elsewhere
     `-- CannotWrite          the disk is full, read-only or in the way             (5)
@@ -51,6 +52,10 @@ class DamagedFile(BadInput):
 
 class GateFailed(LenetDeployError):
     """A gate said no."""
+
+
+class Inconclusive(LenetDeployError):
+    """What was measured says neither yes nor no; the message says how to find out."""
 
 
 class Unusable(LenetDeployError):

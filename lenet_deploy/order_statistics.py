@@ -53,6 +53,16 @@ def median_ci95(samples: Sequence[float]) -> tuple[float, float] | None:
     return (ordered[low - 1], ordered[high - 1])
 
 
+def grouped_median_ci95(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """95 % interval of the median of all samples, where those of one group are not independent of each other.
+
+    The wider of two, both from order statistics: that of the samples, and that of the groups' medians. None below six groups.
+    """
+    by_group = median_ci95([median(group) for group in groups])
+    by_sample = median_ci95([sample for group in groups for sample in group])
+    return (min(by_group[0], by_sample[0]), max(by_group[1], by_sample[1])) if by_group and by_sample else None
+
+
 def percentile(samples: Sequence[float], percent: float) -> float | None:
     """The percentile, or None where there are too few samples to claim it (see MIN_SAMPLES)."""
     return quantile(samples, percent / 100) if len(samples) >= MIN_SAMPLES[percent] else None

@@ -320,7 +320,6 @@ class Measurement:
         h2d_times_s, d2h_times_s: seconds of the copies to and from the GPU alone.
         overhead_s: seconds of a launch that do not grow with the batch.
         floors_s: the least that this launch can take on this device, by what limits it: `compute`, `memory`, `pcie`.
-        peak_memory_bytes: most device memory that the process held.
         node_providers: placement of each ONNX node.
     """
 
@@ -342,7 +341,6 @@ class Measurement:
     d2h_times_s: tuple[float, ...] = ()
     overhead_s: float | None = None
     floors_s: Mapping[str, float] = field(default_factory=dict)
-    peak_memory_bytes: int | None = None
     node_providers: tuple[NodePlacement, ...] = ()
 
     @property
@@ -381,13 +379,8 @@ class Measurement:
 
     @property
     def ci95_s(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the median: of the samples or of the visits' medians, whichever is wider.
-
-        Samples of one visit are not independent of each other. None with fewer than six visits, where none exists.
-        """
-        visits = order_statistics.median_ci95([order_statistics.median(times) for _, times in self.by_visit])
-        samples = order_statistics.median_ci95(self.kept_s)
-        return (min(visits[0], samples[0]), max(visits[1], samples[1])) if visits and samples else None
+        """95 % confidence interval of the median; None with fewer than six visits, where none exists."""
+        return order_statistics.grouped_median_ci95([times for _, times in self.by_visit])
 
     @property
     def percentiles_s(self) -> Mapping[str, float | None]:
@@ -431,9 +424,15 @@ class Measurement:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader must know before citing the numbers."""
-        return order_statistics.warnings([times for _, times in self.by_visit], self.flagged)
+        found = order_statistics.warnings([times for _, times in self.by_visit], self.flagged)
+        share = self.limit_fraction if self.kept_s else None
+        return found if share is None or share <= 1 else (*found, BEYOND_LIMIT.format(share))
 
 
+BEYOND_LIMIT = (
+    "{:.1%} of the limit: its convolutions take fewer multiplications than their definition, "
+    "or the device was disturbed while its limit was measured"
+)
 LAUNCH_BOUND = 0.8  # TensorRT, sampleReporting.cpp: enqueue against compute
 
 # Why a measurement ended. `precise`: the 95 % interval of the median is narrow enough. `settled`: the noise would not shrink with more
@@ -447,14 +446,16 @@ class Limit:
 
     Attributes:
         flops: floating-point operations per second of a large matrix product, by precision.
-        memory_bps: bytes per second read and written by a large copy.
+        memory_bps: bytes per second read and written where no cache holds them: by a copy or by reading alone, whichever is faster.
         pcie_bps: bytes per second from pinned host memory to the device; None on the CPU.
+        bandwidths_bps: bytes per second of smaller working sets, which caches hold, by their bytes in decimal; the last is `memory_bps`.
     """
 
     device: str
     flops: Mapping[str, float]
     memory_bps: float
     pcie_bps: float | None = None
+    bandwidths_bps: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -467,6 +468,8 @@ class ColdStart:
         first_s: the first inference at batch 1.
         steady_s: from then on until launches were steady.
         total_s: from the start of the process to the first answer.
+        batch_size: the largest of the run, launched once at the end, for the memory.
+        peak_memory_bytes: most memory held, of the GPU or, on the CPU, of the process.
     """
 
     variant: str
@@ -475,6 +478,8 @@ class ColdStart:
     first_s: float
     steady_s: float
     total_s: float
+    batch_size: int
+    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -548,6 +553,7 @@ class BenchReport:
     cold_starts: tuple[ColdStart, ...] = ()
     speedups: tuple[Speedup, ...] = ()
     batches: tuple[BatchChoice, ...] = ()
+    loads: tuple[LoadResult, ...] = ()
     partial: str | None = None
 
 
@@ -620,6 +626,187 @@ class EpochStats:
     images_per_s: float
 
 
+@dataclass(frozen=True)
+class OperatorTime:
+    """One operator of a trace, per launch.
+
+    Attributes:
+        name: as the runtime calls it: torch's operator, ONNX Runtime's kind of node, the GPU's kernel.
+        node: which node of the graph, where the runtime says so; a fused one is called after a node or a value that it replaces.
+        calls: how often a launch calls it.
+        self_s: seconds of a launch that it takes, without the operators inside it.
+    """
+
+    name: str
+    node: str | None
+    calls: float
+    self_s: float
+
+
+@dataclass(frozen=True)
+class TraceReport:
+    """Where the time of a launch goes: the input on the device, to the output ready there.
+
+    Times are means over the middle half of the launches by their length, so that one that was interrupted does not count.
+
+    Attributes:
+        launches: how many are in the file.
+        launch_s: seconds of a launch with the profiler on.
+        plain_s: seconds of a launch without it, by the same statistic.
+        operators: on the host, the longest first.
+        wrappers: what holds operators and is none itself, as a session's run or an interpreter's frame; their `self_s` is part of `idle_s`.
+        idle_s: seconds of a launch in which no operator ran.
+        kernels: on the GPU, copies among them, the longest first; empty on the CPU.
+        gpu_idle_s: seconds of a launch in which nothing ran on the GPU; None on the CPU.
+        path: the Chrome trace.
+        notes: what a reader must know of the times.
+    """
+
+    variant: str
+    device: str
+    batch_size: int
+    launches: int
+    launch_s: float
+    plain_s: float
+    operators: tuple[OperatorTime, ...]
+    wrappers: tuple[OperatorTime, ...]
+    idle_s: float
+    kernels: tuple[OperatorTime, ...]
+    gpu_idle_s: float | None
+    path: str
+    notes: tuple[str, ...]
+    environment: Environment
+
+    @property
+    def gap_share(self) -> float:
+        """Share of a launch, 0 to 1, in which nothing ran: no kernel on CUDA, no operator on the CPU."""
+        return (self.idle_s if self.gpu_idle_s is None else self.gpu_idle_s) / self.launch_s
+
+    @property
+    def kernels_per_launch(self) -> float | None:
+        """GPU kernels that a launch starts, copies and fills left out; None on the CPU."""
+        return None if self.gpu_idle_s is None else sum(each.calls for each in self.kernels if not each.name.startswith(COPIES))
+
+    @property
+    def slowdown(self) -> float:
+        """How many times as long a launch takes with the profiler on."""
+        return self.launch_s / self.plain_s
+
+    def share(self, operator: OperatorTime) -> float:
+        """Share of a launch, 0 to 1, that an operator takes itself."""
+        return operator.self_s / self.launch_s
+
+
+COPIES = ("Memcpy", "Memset")  # how CUPTI's names of what is no kernel begin
+
+
 def _percent(interval: tuple[float, float]) -> tuple[float, float]:
     low, high = interval
     return (100.0 * low, 100.0 * high)
+
+
+@dataclass(frozen=True)
+class LoadProbe:
+    """One rate that was tried in search of the highest valid one.
+
+    Attributes:
+        target_qps: queries that arrived per second.
+        valid: LoadGen's verdict.
+        latency_p99_s: seconds; None with too few queries to claim it, as where LoadGen gave up.
+        queries: how many arrived.
+    """
+
+    target_qps: float
+    valid: bool
+    latency_p99_s: float | None
+    queries: int
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """One variant in one of MLPerf LoadGen's scenarios, from uint8 images in host memory to logits there.
+
+    Attributes:
+        scenario: `single-stream`, `multi-stream`, `server` or `offline`.
+        valid: LoadGen's verdict.
+        metric: what `value` is: `latency_p90_s` and `latency_p99_s` of a query, `qps` answered at the highest valid rate, or
+            `throughput_ips`, images per second.
+        queries: how many LoadGen issued; in `offline` one holds all images.
+        latencies_s: seconds of a query by `p50`, `p90`, `p95`, `p97`, `p99` and `p99.9`; None with too few queries to claim it; empty
+            for `offline`.
+        settings: what LoadGen was asked for: durations, rates, bounds, batch size and seeds, by names that hold their units.
+        summary: LoadGen's own words and figures.
+        reasons: LoadGen's remarks on a result that is not valid.
+        probes: the rates that were tried, in order; `server` only.
+    """
+
+    variant: str
+    device: str
+    scenario: str
+    valid: bool
+    metric: str
+    value: float
+    queries: int
+    latencies_s: Mapping[str, float | None]
+    settings: Mapping[str, float]
+    summary: Mapping[str, str]
+    reasons: tuple[str, ...] = ()
+    probes: tuple[LoadProbe, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One case, a variant under one workload, in two results of bench.
+
+    Attributes:
+        verdict: one of VERDICTS.
+        ratio: median time in head divided by that in base, 1.02 for 2 % more; across machines each is first divided by the baseline's.
+        ci95: bootstrap interval of it; None with too few visits.
+        base_median_s, head_median_s: seconds per launch; None where that file did not measure it, or only with samples that were flagged.
+        base_visits, head_visits: visits that count; across machines, those that the baseline has too.
+        reason: why it is inconclusive or only in one file.
+        warnings: what the times of either side say against themselves, as `base: noisy ...`.
+    """
+
+    variant: str
+    device: str
+    batch_size: int
+    scope: str
+    verdict: str
+    ratio: float | None = None
+    ci95: tuple[float, float] | None = None
+    base_median_s: float | None = None
+    head_median_s: float | None = None
+    base_visits: int = 0
+    head_visits: int = 0
+    reason: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+# `slower` and `faster`: the whole interval is beyond the threshold; `same`: the whole interval is within it.
+VERDICTS = ("slower", "inconclusive", "same", "faster", "only in base", "only in head")
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """Two results of bench, case by case: those of base in its order, then those of head alone.
+
+    Attributes:
+        threshold_percent: change that is taken for none.
+        baselines: the variant that times are relative to, by device; empty unless across machines.
+        notes: what a reader should know, e.g. versions that differ.
+    """
+
+    rows: tuple[Comparison, ...]
+    threshold_percent: float
+    across_machines: bool
+    baselines: Mapping[str, str]
+    notes: tuple[str, ...]
+    base_environment: Environment
+    head_environment: Environment
+
+    @property
+    def verdict(self) -> str:
+        """`slower` when any case is, else `inconclusive` when any is, else `not slower`."""
+        found = {row.verdict for row in self.rows}
+        return next((verdict for verdict in ("slower", "inconclusive") if verdict in found), "not slower")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -156,8 +156,14 @@ def _checkpoint_source(what: str | Path, loaded: Checkpoint) -> Source:
     from lenet_deploy import checkpoint
 
     data = checkpoint.to_bytes(loaded)
-    runs = tuple(variant for variant in VARIANTS if variant.artifact is CHECKPOINT)
-    return Source(f"{what} ({loaded.provenance.get('source', 'checkpoint')})", loaded.metadata(), runs, lambda variant: data)
+    described = f"{what} ({loaded.provenance.get('source', 'checkpoint')})"
+    return Source(described, loaded.metadata(), _plain(CHECKPOINT.format), lambda variant: data)
+
+
+def _plain(format: str) -> tuple[Variant, ...]:
+    """For a file on its own the first variant of its format on each device: one file has one precision and exporter, and one answer."""
+    per_device = {variant.device: variant for variant in reversed(VARIANTS) if variant.artifact.format == format}
+    return tuple(per_device[device] for device in DEVICES)
 
 
 def _artifact_kind(path: Path, data: bytes) -> str | None:
@@ -174,14 +180,19 @@ def _bare_source(path: Path, data: bytes, kind: str) -> Source:
 
     values = (onnx if kind == "onnx" else torchscript).read_metadata(data, str(path))
     metadata = metadata_from_json(values, str(path))
-    # One file has one precision and exporter; any variant of its format runs it, so the first of each device stands for it.
-    per_device = {variant.device: variant for variant in reversed(VARIANTS) if variant.artifact.format == kind}
-    return Source(f"{path} (on its own)", metadata, tuple(per_device[device] for device in DEVICES), lambda variant: data)
+    return Source(f"{path} (on its own)", metadata, _plain(kind), lambda variant: data)
 
 
-def open_session(source: Source, variant: Variant, device: str) -> contextlib.AbstractContextManager[Session]:
-    """A session of one variant of `source` on the device asked for (`auto` leaves the variant's own), inside `computing`."""
-    return variant.open_session(source.read(variant), source.metadata.preprocessing.input_shape, device_of(variant, device))
+def open_session(
+    source: Source, variant: Variant, device: str, ort: Mapping[str, str] | None = None
+) -> contextlib.AbstractContextManager[Session]:
+    """A session of one variant of `source` on the device asked for (`auto` leaves the variant's own), inside `computing`.
+
+    Args:
+        ort: session options for a variant that ONNX Runtime runs; see `with_ort_options` for what else to do with them.
+    """
+    shape = source.metadata.preprocessing.input_shape
+    return variant.with_ort(ort or {}).open_session(source.read(variant), shape, device_of(variant, device))
 
 
 def on_device(variants: Iterable[Variant], device: str) -> tuple[Variant, ...]:
@@ -203,8 +214,10 @@ def device_of(variant: Variant, device: str) -> str | None:
     return device if device.startswith("cuda") and variant.device == "cuda" else None
 
 
-def computing(device: str, allow_tf32: bool = False) -> contextlib.AbstractContextManager[None]:
-    """The one torch state and stream that all sessions of a run share."""
-    from lenet_deploy.devices import computing_on, parse_device
+@contextlib.contextmanager
+def computing(device: str, allow_tf32: bool = False, threads: int | None = None) -> Iterator[None]:
+    """The one torch state, stream and number of threads that all sessions of a run share; raises as `parse_device` and `threads`."""
+    from lenet_deploy import devices
 
-    return computing_on(parse_device(device), allow_tf32)
+    with devices.threads(threads), devices.computing_on(devices.parse_device(device), allow_tf32):
+        yield

@@ -20,11 +20,14 @@ from lenet_deploy.records import (
     BatchChoice,
     BenchReport,
     ColdStart,
+    ComparisonReport,
     Decisions,
     Environment,
     EpochStats,
     Failure,
     Limit,
+    LoadProbe,
+    LoadResult,
     MachineState,
     Manifest,
     Measurement,
@@ -168,8 +171,23 @@ def bench_json(report: BenchReport) -> str:
         "limits": [dataclasses.asdict(each) for each in report.limits],
         "cold_starts": [dataclasses.asdict(each) for each in report.cold_starts],
         "machine": [dataclasses.asdict(each) for each in report.machine],
+        "loads": [dataclasses.asdict(each) for each in report.loads],
     }
     return dump("bench", BENCH, report.environment, body)
+
+
+def comparison_json(report: ComparisonReport) -> str:
+    """`comparison` JSON, schema version 1; `environment` is that of head."""
+    body = {
+        "verdict": report.verdict,
+        "threshold_percent": report.threshold_percent,
+        "across_machines": report.across_machines,
+        "baselines": dict(report.baselines),
+        "rows": [dataclasses.asdict(row) for row in report.rows],
+        "notes": report.notes,
+        "base_environment": dataclasses.asdict(report.base_environment),
+    }
+    return dump("comparison", 1, report.head_environment, body)
 
 
 def read_bench(path: Path) -> BenchReport:
@@ -191,6 +209,7 @@ def read_bench(path: Path) -> BenchReport:
             cold_starts=tuple(ColdStart(**each) for each in document.get("cold_starts", ())),
             speedups=tuple(Speedup(**{**each, "ci95": each["ci95"] and tuple(each["ci95"])}) for each in document.get("speedups", ())),
             batches=tuple(BatchChoice(**each) for each in document.get("batches", ())),
+            loads=tuple(_read_load(each) for each in document.get("loads", ())),
             partial=document.get("partial"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -294,6 +313,11 @@ def _read_measurement(document: Mapping[str, Any]) -> Measurement:
         raise ValueError(f"{known['variant']}: its visits and its times do not agree")
     nodes = tuple(NodePlacement(**each) for each in document.get("node_providers", ()))
     return Measurement(**{"stop": "rounds", **known, "visits": visits, "node_providers": nodes})
+
+
+def _read_load(document: Mapping[str, Any]) -> LoadResult:
+    probes = tuple(LoadProbe(**each) for each in document["probes"])
+    return LoadResult(**{**document, "reasons": tuple(document["reasons"]), "probes": probes})
 
 
 def _reason(error: Exception) -> str:

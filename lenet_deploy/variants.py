@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, cast
 
-from lenet_deploy.errors import UnknownName
+from lenet_deploy.errors import BadInput, UnknownName
+from lenet_deploy.runtimes import PLAIN, SessionOptions
 
 if TYPE_CHECKING:
     from lenet_deploy.exporters import Exporter, Reader
@@ -112,6 +113,7 @@ class Variant:
         runtime: what runs it.
         device: `cpu` or `cuda`.
         core: part of `demo` and of `bench --profile quick`.
+        options: how its sessions run.
     """
 
     name: str
@@ -119,21 +121,28 @@ class Variant:
     runtime: RuntimeEntry
     device: str
     core: bool
+    options: SessionOptions = PLAIN
 
     @property
     def precision(self) -> str:
         """The artifact's precision."""
         return self.artifact.precision
 
+    def with_ort(self, ort: Mapping[str, str]) -> Variant:
+        """This variant, opened with `ort` among its options where ONNX Runtime runs it (see `runtimes/ort_options.py`)."""
+        if not ort or self.runtime != ONNXRUNTIME:
+            return self
+        return replace(self, options=replace(self.options, ort={**self.options.ort, **ort}))
+
     def open_session(self, data: bytes, input_shape: tuple[int, int, int], device: str | None = None) -> AbstractContextManager[Session]:
         """Open verified artifact bytes; `device` may name one CUDA device (see `Runtime.open_session`)."""
-        return self.runtime.load().open_session(data, input_shape, device or self.device)
+        return self.runtime.load().open_session(data, input_shape, device or self.device, self.options)
 
     def open_traces(
         self, data: bytes, input_shape: tuple[int, int, int], device: str | None = None
     ) -> AbstractContextManager[Mapping[str, Trace]]:
         """Open the same bytes to look inside (see `Runtime.open_traces`)."""
-        return self.runtime.load().open_traces(data, input_shape, device or self.device)
+        return self.runtime.load().open_traces(data, input_shape, device or self.device, self.options)
 
 
 CHECKPOINT = ArtifactSpec("checkpoint", "checkpoint", "fp32", "checkpoint.safetensors", None)
@@ -146,17 +155,25 @@ EAGER = RuntimeEntry("eager", _eager)
 TORCHSCRIPT = RuntimeEntry("torchscript", _torchscript)
 ONNXRUNTIME = RuntimeEntry("onnxruntime", _onnxruntime)
 
+CHANNELS_LAST = SessionOptions(channels_last=True)
+CUDA_GRAPH = SessionOptions(cuda_graph=True)
+
 VARIANTS: tuple[Variant, ...] = (
     Variant("eager/torch-cpu/fp32", CHECKPOINT, EAGER, "cpu", core=True),
     Variant("torchscript/torch-cpu/fp32/trace", TRACE, TORCHSCRIPT, "cpu", core=True),
     Variant("torchscript/torch-cpu/fp32/script", SCRIPT, TORCHSCRIPT, "cpu", core=True),
     Variant("onnx/ort-cpu/fp32", ONNX, ONNXRUNTIME, "cpu", core=True),
     Variant("onnx/ort-cpu/fp32/ts-exporter", ONNX_TS, ONNXRUNTIME, "cpu", core=True),
+    Variant("eager/torch-cpu/fp32/channels-last", CHECKPOINT, EAGER, "cpu", core=False, options=CHANNELS_LAST),
     Variant("eager/torch-cuda/fp32", CHECKPOINT, EAGER, "cuda", core=True),
     Variant("torchscript/torch-cuda/fp32/trace", TRACE, TORCHSCRIPT, "cuda", core=True),
     Variant("torchscript/torch-cuda/fp32/script", SCRIPT, TORCHSCRIPT, "cuda", core=True),
     Variant("onnx/ort-cuda/fp32", ONNX, ONNXRUNTIME, "cuda", core=True),
     Variant("onnx/ort-cuda/fp32/ts-exporter", ONNX_TS, ONNXRUNTIME, "cuda", core=True),
+    Variant("eager/torch-cuda/fp32/channels-last", CHECKPOINT, EAGER, "cuda", core=False, options=CHANNELS_LAST),
+    Variant("eager/torch-cuda/fp32/cuda-graph", CHECKPOINT, EAGER, "cuda", core=False, options=CUDA_GRAPH),
+    Variant("torchscript/torch-cuda/fp32/trace/cuda-graph", TRACE, TORCHSCRIPT, "cuda", core=False, options=CUDA_GRAPH),
+    Variant("onnx/ort-cuda/fp32/cuda-graph", ONNX, ONNXRUNTIME, "cuda", core=False, options=CUDA_GRAPH),
 )
 
 # Everything else is derived, so that nothing has to be listed twice.
@@ -196,3 +213,16 @@ def select_variants(globs: Iterable[str], among: Iterable[Variant] = VARIANTS) -
         if not any(fnmatchcase(variant.name, pattern) for variant in variants):
             raise UnknownName("variant", pattern, (variant.name for variant in variants))
     return tuple(variant for variant in variants if any(fnmatchcase(variant.name, pattern) for pattern in patterns))
+
+
+def with_ort_options(variants: Iterable[Variant], ort: Mapping[str, str]) -> tuple[Variant, ...]:
+    """The variants, those that ONNX Runtime runs with `ort` among their options.
+
+    Raises:
+        BadInput: there are options, and ONNX Runtime runs none of the variants, so that they would be ignored.
+    """
+    found = tuple(variants)
+    if ort and not any(variant.runtime == ONNXRUNTIME for variant in found):
+        names = ", ".join(variant.name for variant in found)
+        raise BadInput(f"{', '.join(ort)}: options of onnxruntime, which runs none of {names}; widen the variants or leave them out")
+    return tuple(variant.with_ort(ort) for variant in found)

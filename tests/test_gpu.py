@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -21,7 +22,7 @@ from lenet_deploy.records import CHECKS
 from lenet_deploy.runtimes import onnxruntime
 from lenet_deploy.sources import artifact_of
 from lenet_deploy.train import TrainConfig, train
-from lenet_deploy.variants import RUNTIMES, VARIANTS, Variant
+from lenet_deploy.variants import ONNXRUNTIME, RUNTIMES, VARIANTS, Variant
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +34,9 @@ ON_CUDA = [variant for variant in VARIANTS if variant.device == "cuda"]
 each_on_cuda = pytest.mark.parametrize("variant", ON_CUDA, ids=lambda variant: variant.name)
 each_ort_on_cuda = pytest.mark.parametrize(
     "variant", [variant for variant in ON_CUDA if variant.runtime.name == "onnxruntime"], ids=lambda variant: variant.name
+)
+each_graph = pytest.mark.parametrize(
+    "variant", [variant for variant in ON_CUDA if variant.options.cuda_graph], ids=lambda variant: variant.name
 )
 SLEEP_CYCLES = 400_000_000  # 0.2 s at 2 GHz: far longer than a launch takes to return
 
@@ -110,8 +114,78 @@ def test_a_launch_sees_what_was_queued_on_torchs_stream_before_it(
         output = session.launch()
         still_busy = not torch.cuda.current_stream(CUDA).query()
         synchronise(CUDA)
-        assert still_busy, "launch waited for the GPU"
+        # Before microsoft/onnxruntime#28686 each replay of ONNX Runtime's waits for the GPU.
+        assert still_busy or (variant.options.cuda_graph and variant.runtime == ONNXRUNTIME), "launch waited for the GPU"
         assert agrees(output, checkpoint, images)
+
+
+@each_graph
+def test_a_replay_computes_what_is_in_the_buffer_and_every_batch_size_keeps_its_own(
+    variant: Variant, bundle: Bundle, checkpoint: Checkpoint, images: torch.Tensor
+) -> None:
+    skip_where_unusable(variant)
+    addresses = set()
+    with computing_on(CUDA), variant.open_session(artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape) as session:
+        for first in (0, 4, 2, 1):
+            for size in (3, 1, 4):
+                batch = images[first : first + size]
+                buffer = session.bind(size)
+                buffer.copy_(batch)
+                output = session.launch()
+                addresses.add((size, buffer.data_ptr(), output.data_ptr()))
+                synchronise(CUDA)
+                assert agrees(output, checkpoint, batch)
+    assert len(addresses) == 3
+
+
+@each_graph
+def test_after_the_first_launch_a_graph_is_all_that_is_launched(variant: Variant, bundle: Bundle) -> None:
+    skip_where_unusable(variant)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with computing_on(CUDA), variant.open_session(artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape) as session:
+        session.bind(2)
+        session.launch()
+        synchronise(CUDA)
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(3):
+                session.launch()
+            synchronise(CUDA)
+    calls = [event.name for event in profile.events() if event.name.startswith(("cuda", "cu"))]
+    if not calls:
+        pytest.skip("the profiler sees no calls of CUDA on this machine")
+    assert sum("GraphLaunch" in call for call in calls) == 3
+    assert not any("LaunchKernel" in call for call in calls)
+
+
+def test_onnxruntime_is_told_of_the_graph_only_where_it_is_asked_for(bundle: Bundle) -> None:
+    told = {}
+    for variant in (v for v in ON_CUDA if v.runtime == ONNXRUNTIME):
+        skip_where_unusable(variant)
+        with (
+            computing_on(CUDA),
+            variant.open_session(artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape) as session,
+        ):
+            told[variant] = session._session.get_provider_options()["CUDAExecutionProvider"]["enable_cuda_graph"]  # type: ignore[attr-defined]
+    assert told == {variant: str(int(variant.options.cuda_graph)) for variant in told}
+
+
+def test_a_graph_of_several_sessions_at_once_leaves_each_its_own(bundle: Bundle, checkpoint: Checkpoint, images: torch.Tensor) -> None:
+    # A bench holds every session open and visits them in turn.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(computing_on(CUDA))
+        shape = bundle.metadata.preprocessing.input_shape
+        usable = [v for v in ON_CUDA if v.runtime.load().probe("cuda").usable]
+        sessions = [stack.enter_context(v.open_session(artifact_bytes(bundle, v), shape)) for v in usable]
+        for batch in (images[:4], images[4:], images[2:4], images[1:5]):
+            for session in sessions:
+                assert agrees(run_batch(session, batch), checkpoint, batch)
+
+
+def test_channels_last_holds_its_input_in_that_format(bundle: Bundle) -> None:
+    (variant,) = (v for v in ON_CUDA if v.options.channels_last)
+    _, height, width = shape = bundle.metadata.preprocessing.input_shape
+    with computing_on(CUDA), variant.open_session(artifact_bytes(bundle, variant), shape) as session:
+        assert session.bind(3).stride() == (height * width, 1, width, 1)
 
 
 @each_ort_on_cuda
@@ -164,7 +238,7 @@ def test_variants_whose_runtime_doctor_calls_unusable_are_skipped_with_a_reason_
 
 def test_the_gpu_by_number_is_the_gpu(bundle: Bundle) -> None:
     assert parse_device("cuda") == parse_device("cuda:0") == parse_device("auto") == CUDA
-    report = api.check_parity(bundle, variants=("eager/*",), batch_sizes=(3,), device="cuda:0")
+    report = api.check_parity(bundle, variants=("eager/*/fp32",), batch_sizes=(3,), device="cuda:0")
     assert {result.variant for result in report.results} == {"eager/torch-cuda/fp32"}
     assert {result.status for result in report.results} == {"pass"}
 

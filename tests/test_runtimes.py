@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lenet_deploy import api, devices
+from lenet_deploy import api, devices, sources
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise
 from lenet_deploy.devices import computing_on, float32_precision, float32_state, parse_device, tf32_allowed
-from lenet_deploy.errors import BadInput, DamagedFile, Misplaced, Unusable
+from lenet_deploy.errors import BadInput, DamagedFile, Misplaced, UnknownName, Unusable
 from lenet_deploy.parity.check import run_batch
 from lenet_deploy.parity.judge import judge
 from lenet_deploy.records import NodePlacement
-from lenet_deploy.runtimes import Session, onnxruntime
+from lenet_deploy.runtimes import PLAIN, Session, SessionOptions, eager, onnxruntime
+from lenet_deploy.runtimes.eager import GraphSession, Module, Recording, record_graph
+from lenet_deploy.runtimes.ort_options import ATTRIBUTES, RESERVED
 from lenet_deploy.sources import artifact_of
 from lenet_deploy.variants import DEVICES, RUNTIMES, VARIANTS, RuntimeEntry, Variant
 
@@ -113,14 +118,300 @@ def test_torch_runtimes_have_no_node_placement(variant: Variant, bundle: Bundle)
 
 
 def test_onnxruntime_gets_as_many_threads_as_torch(bundle: Bundle) -> None:
+    count, variant = torch.get_num_threads() + 1, ORT_ON_CPU[0]
+    with (
+        devices.threads(count),
+        variant.open_session(artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape) as session,
+    ):
+        assert settings_of(session).intra_op_num_threads == count
+
+
+def test_threads_are_set_inside_and_restored() -> None:
     before = torch.get_num_threads()
-    variant = ORT_ON_CPU[0]
-    try:
-        torch.set_num_threads(before + 1)
-        with computing_on(CPU), variant.open_session(artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape) as session:
-            assert session._session.get_session_options().intra_op_num_threads == before + 1
-    finally:
-        torch.set_num_threads(before)
+    with devices.threads(before + 2):
+        assert torch.get_num_threads() == before + 2
+        with devices.threads(None):
+            assert torch.get_num_threads() == before + 2
+        with devices.threads(1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
+
+
+def test_threads_are_restored_after_an_exception() -> None:
+    before = torch.get_num_threads()
+    with contextlib.suppress(KeyError), devices.threads(before + 1):
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("count", [0, -1, devices.MAX_THREADS + 1, 10**12])
+def test_a_number_of_threads_that_none_can_have_is_bad_input_and_changes_nothing(count: int) -> None:
+    before = torch.get_num_threads()
+    for use in (devices.threads(count), sources.computing("cpu", threads=count)):
+        with pytest.raises(BadInput, match=f"threads is {count}; it must be from 1"), use:
+            pass
+    assert torch.get_num_threads() == before
+
+
+def test_more_threads_than_cores_are_allowed_and_noted() -> None:
+    devices.check_threads(devices.MAX_THREADS)
+    devices.check_threads(None)
+    assert devices.threads_note(2, cores=2) is None
+    assert "3 threads share 2 cores" in (devices.threads_note(3, cores=2) or "")
+
+
+def test_a_runs_threads_are_torchs_and_onnxruntimes(bundle: Bundle) -> None:
+    count, source = torch.get_num_threads() + 1, sources.bundle_source(bundle)
+    with sources.computing("cpu", threads=count), sources.open_session(source, ORT_ON_CPU[0], "cpu") as session:
+        assert torch.get_num_threads() == settings_of(session).intra_op_num_threads == count
+
+
+# Options.
+
+
+def settings_of(session: Session) -> Any:
+    """ONNX Runtime's own view of a session's options."""
+    return session._session.get_session_options()  # type: ignore[attr-defined]
+
+
+def test_channels_last_holds_weights_and_input_in_that_format(bundle: Bundle) -> None:
+    (variant,) = (v for v in ON_CPU if v.options.channels_last)
+    _, height, width = shape = bundle.metadata.preprocessing.input_shape
+    with computing_on(CPU), variant.open_session(artifact_bytes(bundle, variant), shape) as session:
+        buffer = session.bind(3)
+        # One channel reads the same in both formats; the strides say which one torch takes it for.
+        assert buffer.stride() == (height * width, 1, width, 1)
+        assert not buffer.any()
+        weights = [p for p in session._module.parameters() if p.ndim == 4]  # type: ignore[attr-defined]
+        assert [p.is_contiguous(memory_format=torch.channels_last) for p in weights] == [True] * len(weights)
+        assert not all(p.is_contiguous() for p in weights)
+
+
+def test_the_format_reaches_the_layers_and_the_traces_show_it(bundle: Bundle, images: torch.Tensor) -> None:
+    strides = {}
+    for variant in (v for v in ON_CPU if v.runtime.name == "eager"):
+        data, shape = artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape
+        with computing_on(CPU), variant.open_traces(data, shape) as traces:
+            taps = traces["module"](images)
+        assert torch.equal(taps[0].value, images)
+        strides[variant.options.channels_last] = next(tap.value.stride()[1] for tap in taps if tap.op == "conv")
+    assert strides[True] == 1 < strides[False]
+
+
+@pytest.mark.parametrize("variant", ON_CPU, ids=lambda variant: variant.name)
+def test_an_option_that_a_runtime_does_not_have_is_refused(variant: Variant, bundle: Bundle) -> None:
+    supported = {"eager": {"channels_last"}, "torchscript": set(), "onnxruntime": {"ort"}}[variant.runtime.name]
+    every: Mapping[str, Any] = {"channels_last": True, "ort": {"a.b": "1"}}
+    for name in every.keys() - supported:
+        other = dataclasses.replace(variant, options=SessionOptions(**{name: every[name]}))
+        with pytest.raises(BadInput, match=f"has no option {name}"):
+            opened(other, artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape)
+        with pytest.raises(BadInput, match=f"has no option {name}"), other.open_traces(b"", (1, 1, 1)):
+            pass
+
+
+@each_on_cpu
+def test_a_cuda_graph_on_the_cpu_is_refused(variant: Variant, bundle: Bundle) -> None:
+    other = dataclasses.replace(variant, options=SessionOptions(cuda_graph=True))
+    with pytest.raises(BadInput, match="cuda_graph needs a CUDA device"):
+        opened(other, artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape)
+
+
+class Recorder:
+    """What `record_graph` does, without the GPU that it needs: the graph is a function that computes into the recorded output."""
+
+    def __init__(self) -> None:
+        self.recorded: list[int] = []
+        self.replayed: list[int] = []
+
+    def __call__(self, module: Module, images: torch.Tensor) -> Recording:
+        self.recorded.append(len(images))
+        output = torch.full_like(module(images), torch.nan)  # a graph that is recorded has not run yet
+
+        def replay() -> None:
+            self.replayed.append(len(images))
+            output.copy_(module(images))
+
+        return replay, output
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def graphed(recorder: Recorder, checkpoint: Checkpoint) -> Iterator[GraphSession]:
+    with computing_on(CPU):
+        yield GraphSession(checkpoint.module(), checkpoint.preprocessing.input_shape, CPU, PLAIN, recorder)
+
+
+def test_a_graph_is_recorded_at_the_first_launch_of_a_batch_size_and_replayed_at_each(graphed: GraphSession, recorder: Recorder) -> None:
+    for size in (2, 3, 2):
+        graphed.bind(size)
+    assert recorder.recorded == []
+    for size in (2, 3, 2, 2):
+        graphed.bind(size)
+        graphed.launch()
+    assert (recorder.recorded, recorder.replayed) == ([2, 3], [2, 3, 2, 2])
+
+
+def test_a_graphs_addresses_stay_and_what_is_written_there_is_computed(
+    graphed: GraphSession, checkpoint: Checkpoint, images: torch.Tensor
+) -> None:
+    addresses = set()
+    for first in (0, 4, 2):
+        buffer = graphed.bind(3)
+        buffer.copy_(images[first : first + 3])
+        output = graphed.launch()
+        addresses.add((buffer.data_ptr(), output.data_ptr()))
+        assert agrees(output.clone(), checkpoint, images[first : first + 3])
+        assert agrees(run_batch(graphed, images[:2]), checkpoint, images[:2])
+    assert len(addresses) == 1
+
+
+def test_a_recording_comes_after_the_warm_up_and_is_made_on_torchs_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What torch.cuda does here needs a GPU, so stand-ins keep the order of events; tests/test_gpu.py has the real ones.
+    events: list[object] = []
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+
+    @contextlib.contextmanager
+    def capturing(graph: Graph, stream: object) -> Iterator[None]:
+        events.append(("begin", stream))
+        yield
+        events.append("end")
+
+    def module(images: torch.Tensor) -> torch.Tensor:
+        events.append("launch")
+        return images + 1
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    replay, output = record_graph(module, torch.zeros(2))
+    assert events == ["launch"] * eager.WARMUP_LAUNCHES + [("begin", "stream of cpu"), "launch", "end"]
+    replay()
+    assert events[-1] == "replay"
+    assert output.tolist() == [1, 1]
+
+
+def test_onnxruntime_keeps_a_batch_sizes_buffers_for_its_graph(bundle: Bundle, checkpoint: Checkpoint, images: torch.Tensor) -> None:
+    # The CPU records nothing; the addresses and the name of the graph are what can be seen here.
+    data, shape = artifact_bytes(bundle, ORT_ON_CPU[0]), bundle.metadata.preprocessing.input_shape
+    addresses = set()
+    with computing_on(CPU):
+        session = onnxruntime.OrtSession(onnxruntime._create(data, CPU), shape, CPU, SessionOptions(cuda_graph=True))
+        for first in (0, 4, 2):
+            for size in (3, 2):
+                buffer = session.bind(size)
+                buffer.copy_(images[first : first + size])
+                output = session.launch()
+                assert session._bound is not None
+                graph = session._bound.run_options.get_run_config_entry("gpu_graph_id")
+                addresses.add((size, graph, buffer.data_ptr(), output.data_ptr()))
+                assert agrees(output.clone(), checkpoint, images[first : first + size])
+    assert sorted((size, graph) for size, graph, *_ in addresses) == [(2, "2"), (3, "3")]
+
+
+def with_options(bundle: Bundle, ort: Mapping[str, str]) -> contextlib.AbstractContextManager[Session]:
+    variant = ORT_ON_CPU[0].with_ort(ort)
+    return variant.open_session(artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("intra_op_num_threads", "3", "3"),
+        ("inter_op_num_threads", "2", "2"),
+        ("graph_optimization_level", "ORT_ENABLE_BASIC", "GraphOptimizationLevel.ORT_ENABLE_BASIC"),
+        ("execution_mode", "ORT_PARALLEL", "ExecutionMode.ORT_PARALLEL"),
+        ("execution_order", "PRIORITY_BASED", "ExecutionOrder.PRIORITY_BASED"),
+        ("enable_cpu_mem_arena", "0", "False"),
+        ("enable_mem_pattern", "false", "False"),
+        ("enable_mem_reuse", "False", "False"),
+        ("use_deterministic_compute", "1", "True"),
+    ],
+)
+def test_an_attribute_of_onnxruntimes_session_options_is_set(
+    name: str, value: str, shown: str, bundle: Bundle, checkpoint: Checkpoint, images: torch.Tensor
+) -> None:
+    with computing_on(CPU), with_options(bundle, {name: value}) as session:
+        assert str(getattr(settings_of(session), name)) == shown
+        assert agrees(run_batch(session, images), checkpoint, images)
+
+
+def test_a_session_configuration_entry_reaches_onnxruntime_beside_our_own(bundle: Bundle) -> None:
+    with with_options(bundle, {"session.intra_op.allow_spinning": "0"}) as session:
+        assert settings_of(session).get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert session.node_providers
+
+
+def test_sources_pass_onnxruntimes_options_to_its_variants_alone(bundle: Bundle) -> None:
+    source, ort = sources.bundle_source(bundle), {"enable_mem_pattern": "0"}
+    for variant in ON_CPU:
+        with sources.open_session(source, variant, "cpu", ort) as session:
+            assert variant not in ORT_ON_CPU or not settings_of(session).enable_mem_pattern
+
+
+def test_the_traces_are_of_the_graph_that_the_options_make(bundle: Bundle, images: torch.Tensor) -> None:
+    variant = ORT_ON_CPU[0].with_ort({"graph_optimization_level": "ORT_DISABLE_ALL"})
+    with computing_on(CPU), variant.open_traces(artifact_bytes(bundle, variant), bundle.metadata.preprocessing.input_shape) as traces:
+        names = {graph: [tap.name for tap in trace(images)] for graph, trace in traces.items()}
+    assert names["optimised"] == names["unoptimised"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "intra_op_num_thread", "log_severity_level", "optimized_model_filepath", "enable_profiling", "__doc__"]
+)
+def test_another_attribute_is_unknown_and_named(name: str, bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match=f"unknown onnxruntime session option {name!r}; "), with_options(bundle, {name: f"{tmp_path}/x"}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_attribute_is_answered_with_the_nearest(bundle: Bundle) -> None:
+    with pytest.raises(UnknownName, match="did you mean intra_op_num_threads"), with_options(bundle, {"intra_op_num_thread": "1"}):
+        pass
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+@pytest.mark.parametrize("value", ["", "much", "-1", "1.5", "²", "99999999999999999999"])
+def test_a_value_that_an_attribute_does_not_take_is_bad_input(name: str, value: str, bundle: Bundle) -> None:
+    with pytest.raises(BadInput, match=f"onnxruntime's {name} is '{value}'; it must be "), with_options(bundle, {name: value}):
+        pass
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_an_entry_that_proves_the_placement_is_not_the_callers_to_set(name: str, bundle: Bundle) -> None:
+    with pytest.raises(BadInput, match=f"{name} is set by lenet-deploy"), with_options(bundle, {name: "0"}):
+        pass
+
+
+def test_an_entry_that_onnxruntime_refuses_is_bad_input(bundle: Bundle) -> None:
+    with pytest.raises(BadInput, match=r"onnxruntime does not take a\.a\.") as caught, with_options(bundle, {"a." * 600: "1"}):
+        pass
+    assert len(str(caught.value)) < 300
+
+
+def test_options_that_keep_a_good_file_from_opening_are_to_blame_and_the_file_is_not(bundle: Bundle) -> None:
+    ort = {"session.dynamic_block_base": "wide"}
+    with pytest.raises(BadInput, match=r"without session\.dynamic_block_base=wide, and not with it") as caught:
+        opened(ORT_ON_CPU[0].with_ort(ort), artifact_bytes(bundle, ORT_ON_CPU[0]), bundle.metadata.preprocessing.input_shape)
+    assert not isinstance(caught.value, DamagedFile)
+    with pytest.raises(DamagedFile):
+        opened(ORT_ON_CPU[0].with_ort(ort), b"damaged", bundle.metadata.preprocessing.input_shape)
+
+
+def test_options_good_and_bad_write_nothing(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    with with_options(bundle, {"session.intra_op.allow_spinning": "0", "execution_mode": "ORT_PARALLEL", "no.such": "entry"}) as session:
+        run_batch(session, torch.zeros(2, *bundle.metadata.preprocessing.input_shape))
+    with pytest.raises(BadInput), with_options(bundle, {"session.dynamic_block_base": "wide"}):
+        pass
+    assert capfd.readouterr() == ("", "")
 
 
 def opened(variant: Variant, data: bytes, shape: tuple[int, int, int]) -> Session:

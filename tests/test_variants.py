@@ -8,13 +8,14 @@ import re
 
 import pytest
 
-from lenet_deploy.errors import UnknownName
-from lenet_deploy.runtimes import Runtime
+from lenet_deploy.errors import BadInput, UnknownName
+from lenet_deploy.runtimes import PLAIN, Runtime, SessionOptions
 from lenet_deploy.variants import (
     ARTIFACTS,
     CHECKPOINT,
     DEVICES,
     FORMATS,
+    ONNXRUNTIME,
     PRECISIONS,
     RUNTIMES,
     VARIANTS,
@@ -23,9 +24,10 @@ from lenet_deploy.variants import (
     Variant,
     select_artifacts,
     select_variants,
+    with_ort_options,
 )
 
-NAME = re.compile(r"(?P<format>[a-z0-9-]+)/[a-z0-9-]+-(?P<device>cpu|cuda)/(?P<precision>[a-z0-9]+)(/[a-z0-9-]+)?")
+NAME = re.compile(r"(?P<format>[a-z0-9-]+)/[a-z0-9-]+-(?P<device>cpu|cuda)/(?P<precision>[a-z0-9]+)(?P<options>(/[a-z0-9-]+)*)")
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 each_artifact = pytest.mark.parametrize("spec", ARTIFACTS, ids=lambda spec: spec.name)
@@ -78,14 +80,68 @@ def test_every_runtime_stands_on_every_device() -> None:
 def test_eager_torchscript_and_onnx_in_fp32_are_core_on_each_device() -> None:
     core = {(v.runtime.name, v.device) for v in VARIANTS if v.core}
     assert core >= set(itertools.product(("eager", "torchscript", "onnxruntime"), DEVICES))
-    plain = [v for v in VARIANTS if v.precision == "fp32" and v.runtime.name in ("eager", "torchscript", "onnxruntime")]
-    assert all(v.core for v in plain)
+    for v in VARIANTS:
+        if v.precision == "fp32" and v.runtime.name in ("eager", "torchscript", "onnxruntime"):
+            assert v.core == (v.options == PLAIN)
+
+
+def test_channels_last_and_cuda_graphs_stand_beside_the_plain_variants() -> None:
+    optional = {v.name: v.options for v in VARIANTS if v.options != PLAIN}
+    graph, last = SessionOptions(cuda_graph=True), SessionOptions(channels_last=True)
+    assert optional == {
+        "eager/torch-cpu/fp32/channels-last": last,
+        "eager/torch-cuda/fp32/channels-last": last,
+        "eager/torch-cuda/fp32/cuda-graph": graph,
+        "torchscript/torch-cuda/fp32/trace/cuda-graph": graph,
+        "onnx/ort-cuda/fp32/cuda-graph": graph,
+    }
+
+
+@each_variant
+def test_an_options_name_says_what_its_sessions_do_and_the_plain_variant_of_the_same_file_comes_first(variant: Variant) -> None:
+    match = NAME.fullmatch(variant.name)
+    assert match is not None
+    named = match["options"].split("/")
+    assert variant.options == SessionOptions(channels_last="channels-last" in named, cuda_graph="cuda-graph" in named)
+    same = [v for v in VARIANTS if (v.artifact, v.runtime, v.device) == (variant.artifact, variant.runtime, variant.device)]
+    assert same[0].options == PLAIN
+
+
+def test_cuda_graphs_are_for_cuda_alone() -> None:
+    assert {v.device for v in VARIANTS if v.options.cuda_graph} == {"cuda"}
+
+
+def test_a_variant_with_options_can_be_a_key() -> None:
+    assert len(set(VARIANTS)) == len(VARIANTS)
+    assert len({variant.with_ort({"a.b": "1"}) for variant in VARIANTS}) == len(VARIANTS)
+
+
+def test_onnxruntimes_options_reach_its_variants_and_no_other() -> None:
+    ort = {"session.intra_op.allow_spinning": "0"}
+    changed = with_ort_options(VARIANTS, ort)
+    assert [v.name for v in changed] == [v.name for v in VARIANTS]
+    for before, after in zip(VARIANTS, changed, strict=True):
+        assert after.options.ort == (ort if before.runtime == ONNXRUNTIME else {})
+        assert (after.options.cuda_graph, after.options.channels_last) == (before.options.cuda_graph, before.options.channels_last)
+    assert all(v.options.ort == {} for v in VARIANTS)
+
+
+def test_later_options_of_onnxruntime_take_the_place_of_earlier_ones() -> None:
+    variant = next(v for v in VARIANTS if v.runtime == ONNXRUNTIME)
+    assert variant.with_ort({"a.b": "1", "c.d": "2"}).with_ort({"a.b": "3"}).options.ort == {"a.b": "3", "c.d": "2"}
+
+
+def test_onnxruntimes_options_for_torch_alone_are_refused_and_none_are_fine() -> None:
+    torchs = [v for v in VARIANTS if v.runtime != ONNXRUNTIME]
+    with pytest.raises(BadInput, match=r"^execution_mode: options of onnxruntime, which runs none of eager/"):
+        with_ort_options(torchs, {"execution_mode": "ORT_PARALLEL"})
+    assert with_ort_options(torchs, {}) == tuple(torchs)
 
 
 @each_runtime
 def test_a_runtime_loads_and_has_the_protocols_functions(runtime: RuntimeEntry) -> None:
     loaded = runtime.load()
-    for name in ("probe", "open_session"):
+    for name in ("probe", "open_session", "open_traces"):
         asked = [parameter for parameter in inspect.signature(getattr(Runtime, name)).parameters if parameter != "self"]
         assert list(inspect.signature(getattr(loaded, name)).parameters) == asked
 

@@ -1,24 +1,40 @@
-"""The timing policy: calibrate, warm up, then blocks of launches between two readings of one clock.
+"""The timing policy: blocks of launches between two readings of one clock, warm-up, and when enough was measured.
 
 Pure logic over a `launch` callable and a clock, so that tests can drive it with a clock of their own.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
-from lenet_deploy.order_statistics import median
+from lenet_deploy.order_statistics import grouped_median_ci95, median, quantile
 
 Clock = Callable[[], float]
 
 MAX_TIMER_SHARE = 0.001  # reading the clock costs less than this share of a block (torch.utils.benchmark)
-MIN_WARMUP_LAUNCHES = 20  # pyperf compares halves of at least 20 values
-MAX_WARMUP_LAUNCHES = 300  # pyperf's cap
-STEADY_CHANGE = 0.10  # pyperf: a second half within 10 % of the first is steady
 CLOCK_READINGS = 1001
+
+# pyperf, _worker.py: launches are steady when two neighbouring halves of at least 20 values agree.
+HALF = 20
+MAX_WARMUP_LAUNCHES = 300
+OUTLIER = 1.5  # the first value is at most this many interquartile ranges above the second half's third quartile
+MEAN_CHANGE = (-0.50, 0.10)  # of the first half from the second, in shares of it
+MAD_CHANGE = 0.10
+QUARTILE_CHANGE = 0.05
+
+PRECISE = 0.005  # half of the 95 % interval, as a share of the median
+MIN_VISITS = 6  # fewer have no 95 % interval (order_statistics.median_ci95)
+
+# nvbench, stdrel_criterion.cxx: more samples do not help once the relative standard deviation stays the same.
+MIN_SAMPLES = 10
+MIN_ACCUMULATED_S = 0.5
+TRAILING, MIN_TRAILING = 512, 64
+SETTLED = 0.05  # relative standard deviation of the estimates in the trailing window
 
 
 @dataclass(frozen=True)
@@ -29,11 +45,13 @@ class Calibration:
         launches_per_block: launches between two readings of the clock.
         warmup_launches: launches spent until the case was steady.
         launch_s: seconds of one launch, roughly.
+        steady: whether the rule was met, rather than the cap or the limit.
     """
 
     launches_per_block: int
     warmup_launches: int
     launch_s: float
+    steady: bool
 
 
 def timer_overhead_s(clock: Clock = time.perf_counter) -> float:
@@ -42,33 +60,94 @@ def timer_overhead_s(clock: Clock = time.perf_counter) -> float:
     return median([after - before for before, after in pairwise(readings)])
 
 
-def time_block(launch: Callable[[], object], launches: int, clock: Clock = time.perf_counter) -> float:
-    """Seconds of `launches` launches, each complete before the next begins."""
-    start = clock()
-    for _ in range(launches):
-        launch()
-    return clock() - start
-
-
 def calibrate(launch: Callable[[], object], limit_s: float, overhead_s: float, clock: Clock = time.perf_counter) -> Calibration:
-    """Warm up until launches are steady, and choose the block length.
+    """Launch until it is steady by pyperf's rule, or the cap or `limit_s` ends it; and choose the block length.
 
-    Steady: of the last 2 x 20 launches, the medians of the halves differ by at most 10 %; else the cap or `limit_s` ends it.
+    `launch` is one complete launch: started and waited for.
     """
     times: list[float] = []
     start = clock()
-    while len(times) < MAX_WARMUP_LAUNCHES and not _steady(times):
-        times.append(time_block(launch, 1, clock))
+    settled = False
+    while not settled and len(times) < MAX_WARMUP_LAUNCHES:
+        before = clock()
+        launch()
+        times.append(clock() - before)
+        settled = steady(times)
         if clock() - start > limit_s:
             break
-    launch_s = max(0.0, median(times[-MIN_WARMUP_LAUNCHES:]) - overhead_s)  # each was timed alone, with one reading of the clock
-    launches = max(1, -(-overhead_s // (MAX_TIMER_SHARE * launch_s))) if launch_s > 0 else 1
-    return Calibration(int(launches), len(times), launch_s)
+    launch_s = max(0.0, median(times[-HALF:]) - overhead_s)  # each was timed alone, with one reading of the clock
+    launches = max(1, math.ceil(overhead_s / (MAX_TIMER_SHARE * launch_s))) if launch_s > 0 else 1
+    return Calibration(launches, len(times), launch_s, settled)
 
 
-def _steady(times: Sequence[float]) -> bool:
-    if len(times) < 2 * MIN_WARMUP_LAUNCHES:
+def steady(times: Sequence[float]) -> bool:
+    """Whether the last 2 x 20 times agree with each other, half by half (pyperf's rule)."""
+    if len(times) < 2 * HALF:
         return False
-    first = median(times[-2 * MIN_WARMUP_LAUNCHES : -MIN_WARMUP_LAUNCHES])
-    second = median(times[-MIN_WARMUP_LAUNCHES:])
-    return abs(second - first) <= STEADY_CHANGE * first
+    first, second = times[-2 * HALF : -HALF], times[-HALF:]
+    low, high = quantile(second, 0.25), quantile(second, 0.75)
+    if first[0] > high + OUTLIER * (high - low):
+        return False
+    if not MEAN_CHANGE[0] <= _change(statistics.fmean(first), statistics.fmean(second)) <= MEAN_CHANGE[1]:
+        return False
+    if abs(_change(_deviation(first), _deviation(second))) > MAD_CHANGE:
+        return False
+    return all(abs(_change(quantile(first, share), quantile(second, share))) <= QUARTILE_CHANGE for share in (0.25, 0.75))
+
+
+def time_blocks(launch: Callable[[], object], launches: int, limit_s: float, clock: Clock = time.perf_counter) -> list[float]:
+    """Seconds per launch of each block of `launches` launches, one after another until `limit_s` have passed; at least one block."""
+    times: list[float] = []
+    before = start = clock()
+    repeat = range(launches)
+    while True:
+        for _ in repeat:
+            launch()
+        after = clock()
+        times.append((after - before) / launches)
+        if after - start >= limit_s:
+            return times
+        before = after
+
+
+def stop_reason(visits: Sequence[Sequence[float]], seconds: float) -> str | None:
+    """Why a case needs no more visits, `precise` or `settled` (see `records.STOPS`), or None where it does.
+
+    Args:
+        visits: seconds per launch, by visit.
+        seconds: what these samples took altogether.
+    """
+    samples = list(chain.from_iterable(visits))
+    if len(visits) < MIN_VISITS or len(samples) < MIN_SAMPLES or seconds < MIN_ACCUMULATED_S:
+        return None
+    middle, interval = median(samples), grouped_median_ci95(visits)
+    if interval and max(interval[1] - middle, middle - interval[0]) <= PRECISE * middle:
+        return "precise"
+    return "settled" if settled(samples) else None
+
+
+def settled(samples: Sequence[float]) -> bool:
+    """Whether the noise stays the same: the relative standard deviation of all samples so far varies little over the last ones."""
+    if len(samples) <= MIN_TRAILING:
+        return False
+    origin = samples[0]  # sums of squares around it lose no digits to a large mean
+    count, total, squares = 0, 0.0, 0.0
+    noise = []
+    for sample in samples:
+        count, total, squares = count + 1, total + (sample - origin), squares + (sample - origin) ** 2
+        mean = origin + total / count
+        variance = max(0.0, squares - total * total / count) / max(1, count - 1)
+        noise.append(math.sqrt(variance) / mean if mean > 0 else math.inf)
+    window = noise[-TRAILING:]
+    return noise[-1] == 0.0 or statistics.pstdev(window) < SETTLED * noise[-1]
+
+
+def _change(first: float, second: float) -> float:
+    """Relative change from the second to the first; 0 where both are zero."""
+    return (first - second) / second if second else (0.0 if first == second else math.inf)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Median absolute deviation."""
+    middle = median(values)
+    return median([abs(value - middle) for value in values])

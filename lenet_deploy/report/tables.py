@@ -8,7 +8,6 @@ from lenet_deploy.models.layers import Layer
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,
-    BenchReport,
     Environment,
     LayerError,
     ParityReport,
@@ -76,27 +75,6 @@ def layer_error_tables(report: ParityReport) -> tuple[tuple[str, Table], ...]:
     return tuple((f"{name}, {result.inputs}", layer_error_table(result.layers)) for name, result in first.items())
 
 
-def bench_table(report: BenchReport) -> Table:
-    """One row a measurement."""
-    rows = tuple(
-        (
-            m.variant,
-            str(m.batch_size),
-            m.scope,
-            _time(m.median_s),
-            f"{_time(m.ci95_s[0])} - {_time(m.ci95_s[1])}" if m.ci95_s else "-",
-            _time(m.p90_s),
-            _time(m.p99_s),
-            f"{m.throughput_ips:,.0f}",
-            f"{len(m.times_s)}",
-            "; ".join(m.warnings),
-        )
-        for m in report.measurements
-    )
-    columns = ("variant", "batch", "scope", "median", "95 % interval", "p90", "p99", "images/s", "samples", "warnings")
-    return Table(columns, rows)
-
-
 def doctor_table(statuses: Iterable[RuntimeStatus]) -> Table:
     """What runs here, why not, and the fix."""
     return Table(
@@ -160,9 +138,3 @@ def _dash(value: int | None) -> str:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds * 1e6:,.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:,.3f} ms"

@@ -13,7 +13,8 @@ from lenet_deploy.devices import parse_device, probe_torch
 from lenet_deploy.errors import DamagedFile, Unusable, first_line
 from lenet_deploy.quiet import quiet_torchscript
 from lenet_deploy.records import RuntimeStatus
-from lenet_deploy.runtimes.eager import OPS, ModuleSession
+from lenet_deploy.runtimes import PLAIN, SessionOptions
+from lenet_deploy.runtimes.eager import OPS, ModuleSession, session_of
 from lenet_deploy.runtimes.traces import OTHER, Tap, Trace
 
 
@@ -23,15 +24,19 @@ def probe(device: str) -> RuntimeStatus:
 
 
 @contextlib.contextmanager
-def open_session(data: bytes, input_shape: tuple[int, int, int], device: str) -> Iterator[ModuleSession]:
+def open_session(data: bytes, input_shape: tuple[int, int, int], device: str, options: SessionOptions = PLAIN) -> Iterator[ModuleSession]:
     """Open a TorchScript archive; see `Runtime.open_session`."""
+    options.check(device, "cuda_graph")
     target = parse_device(device)
-    yield ModuleSession(_load(data, target), input_shape, target)
+    yield session_of(_load(data, target), input_shape, target, options)
 
 
 @contextlib.contextmanager
-def open_traces(data: bytes, input_shape: tuple[int, int, int], device: str) -> Iterator[Mapping[str, Trace]]:
+def open_traces(
+    data: bytes, input_shape: tuple[int, int, int], device: str, options: SessionOptions = PLAIN
+) -> Iterator[Mapping[str, Trace]]:
     """See `Runtime.open_traces`."""
+    options.check(device, "cuda_graph")
     target = parse_device(device)
     function, nodes = _with_every_tensor(_load(data, target))
 

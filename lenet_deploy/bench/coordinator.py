@@ -1,0 +1,188 @@
+"""Starts the worker processes of a run one after another, and gathers what they send."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lenet_deploy.bench.plan import Plan
+from lenet_deploy.errors import BadInput, Unusable
+from lenet_deploy.records import ColdStart, Environment, Limit, MachineState, NodePlacement, Visit
+
+# -P: a file in the current folder that happens to be called torch.py is not imported.
+COMMAND = (sys.executable, "-P", "-m", "lenet_deploy.bench.worker")
+
+Key = tuple[str, int, str]  # variant, batch size, scope
+Progress = Callable[[int, int, str], None]
+
+# Raw times of a visit, by what both the event and the measurement call them.
+TIMES = ("times_s", "single_times_s", "gpu_times_s", "enqueue_times_s", "h2d_times_s", "d2h_times_s")
+
+
+@dataclass(eq=False)
+class Times:
+    """What was sent of one case, over all processes."""
+
+    launches_per_block: int = 1
+    warmup_launches: int = 0
+    stop: str = "interrupted"
+    visits: list[Visit] = field(default_factory=list)
+    raw: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TIMES})
+
+
+@dataclass(eq=False)
+class Gathered:
+    """What was sent in one run.
+
+    Attributes:
+        opened: device and placement of each variant that runs.
+        environment: of the last worker, whose torch is loaded.
+        partial: why there is no more; None for a whole run.
+    """
+
+    opened: dict[str, tuple[str, tuple[NodePlacement, ...]]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    times: dict[Key, Times] = field(default_factory=dict)
+    overheads_s: dict[str, float] = field(default_factory=dict)
+    limits: list[Limit] = field(default_factory=list)
+    machine: list[MachineState] = field(default_factory=list)
+    cold: list[ColdStart] = field(default_factory=list)
+    environment: Environment | None = None
+    cases: int = 0
+    partial: str | None = None
+
+    def take(self, event: Mapping[str, Any], process: int) -> None:
+        """File one event of a worker."""
+        values = {name: value for name, value in event.items() if name != "event"}
+        match event["event"]:
+            case "opened":
+                self.opened[values["variant"]] = (values["device"], tuple(NodePlacement(*each) for each in values["nodes"]))
+            case "skipped":
+                self.skipped[values["variant"]] = values["reason"]
+            case "sizes":
+                self.sizes[values["variant"]] = tuple(values["sizes"])
+            case "overhead":
+                self.overheads_s[values["variant"]] = values["seconds"]
+            case "limit":
+                self.limits.append(Limit(**values))
+            case "machine":
+                self.machine.append(MachineState(**{**values, "remarks": tuple(values["remarks"])}))
+            case "environment":
+                self.environment = Environment(**values)
+            case "cold":
+                self.cold.append(ColdStart(**values))
+            case "cases":
+                self.cases = values["count"]
+            case "case":
+                times = self._times(event)
+                times.launches_per_block = values["launches_per_block"]
+                times.warmup_launches += values["warmup_launches"]
+            case "visit":
+                self._visit(event, process)
+            case "stop":
+                self._times(event).stop = values["reason"]
+            case "error":
+                raise (BadInput if values["kind"] == "BadInput" else Unusable)(values["message"])
+
+    def _times(self, event: Mapping[str, Any]) -> Times:
+        return self.times.setdefault((event["variant"], event["batch_size"], event["scope"]), Times())
+
+    def _visit(self, event: Mapping[str, Any], process: int) -> None:
+        times = self._times(event)
+        for name in TIMES:
+            times.raw[name] += event.get(name, ())
+        times.visits.append(
+            Visit(
+                process=process,
+                round=event["round"],
+                samples=len(event["times_s"]),
+                singles=len(event["single_times_s"]),
+                window_images=event["window_images"],
+                window_s=event["window_s"],
+                energy_j=event["energy_j"],
+                flag=event["flag"],
+            )
+        )
+
+
+def gather(plan: Plan, cold_start: bool, progress: Progress) -> Gathered:
+    """Run every process of the plan, and a cold start of every variant if asked for.
+
+    Ctrl-C ends it early: what was sent by then is returned, with `partial` saying so.
+
+    Args:
+        progress: called after each visit with visits done, visits in all, and the variant.
+
+    Raises:
+        BadInput, Unusable: what a worker reports, or a worker that died.
+        KeyboardInterrupt: before anything was measured.
+    """
+    found = Gathered()
+    try:
+        for process in range(plan.processes):
+            _run(plan, process, found, progress)
+            if not found.opened:
+                return found
+            plan = dataclasses.replace(plan, batch_sizes={**plan.batch_sizes, **found.sizes}, blocks=_blocks(found))
+        if cold_start:
+            for variant in found.opened:
+                for event in _events({"plan": plan.to_json(), "cold": variant, "spawned_s": time.monotonic()}):
+                    found.take(event, 0)
+    except KeyboardInterrupt:
+        if not any(times.visits for times in found.times.values()):
+            raise
+        visits = sum(len(times.visits) for times in found.times.values())
+        found.partial = f"interrupted after {visits} visits: fewer samples than the profile asks for, and the last round is incomplete"
+    return found
+
+
+def _run(plan: Plan, process: int, found: Gathered, progress: Progress) -> None:
+    done = 0
+    for event in _events({"plan": plan.to_json(), "process": process}):
+        found.take(event, process)
+        if event["event"] == "visit":
+            done += 1
+            in_all = found.cases * plan.rounds  # in each process
+            progress(process * in_all + min(done, in_all), plan.processes * in_all, event["variant"])
+
+
+def _blocks(found: Gathered) -> tuple[tuple[str, int, str, int], ...]:
+    return tuple((*key, times.launches_per_block) for key, times in found.times.items())
+
+
+def _events(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a fresh worker sends for one request, as it comes. Leaving early ends the worker."""
+    with tempfile.TemporaryFile() as errors, _started(errors) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once; what it said comes below
+            worker.stdin.write(json.dumps(request))
+            worker.stdin.close()
+        last = {}
+        for line in worker.stdout:
+            last = json.loads(line)
+            yield last
+        code = worker.wait()
+        if last.get("event") != "done":
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()
+            why = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise Unusable(f"a measuring process ended with {why}: {said[-1] if said else 'it said nothing'}; run the bench again")
+
+
+@contextlib.contextmanager
+def _started(errors: Any) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as worker:
+        try:
+            yield worker
+        finally:
+            worker.kill()
