@@ -27,6 +27,7 @@ def bench(
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Visits of every case in each process. Default: until precise.")] = None,
     processes: Annotated[int | None, typer.Option(help="Fresh worker processes. Default: the profile's.")] = None,
+    limit: Annotated[float | None, typer.Option(metavar="S", help="Seconds after which no round begins. Default: the profile's.")] = None,
     profile: Annotated[str, typer.Option(help="quick (core variants, 1 process) or full (all, 3).")] = "quick",
     baseline: Annotated[str | None, typer.Option(metavar="VARIANT", help="What speed-ups are relative to. Default: the first.")] = None,
     cold_start: Annotated[
@@ -64,6 +65,7 @@ def bench(
         "--scope": scope,
         "--rounds": rounds,
         "--processes": processes,
+        "--limit": limit,
         "--baseline": baseline,
         "--cold-start": cold_start,
         "--batch auto": True if batch == "auto" else None,
@@ -92,6 +94,7 @@ def bench(
             scopes=words(scope or "device,e2e"),
             rounds=rounds,
             processes=processes,
+            limit_s=limit,
             baseline=baseline,
             cold_start=cold_start,
             seed=seed,

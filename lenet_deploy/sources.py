@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lenet_deploy.errors import BadInput, DamagedFile, first_line
 from lenet_deploy.models import MODELS, find_model
 from lenet_deploy.records import Artifact, ArtifactMetadata
+from lenet_deploy.runtimes import PLAIN
 from lenet_deploy.variants import CHECKPOINT, DEVICES, VARIANTS, Variant, select_variants
 
 if TYPE_CHECKING:
@@ -136,9 +137,9 @@ def artifact_of(bundle: Bundle, variant: Variant) -> Artifact:
 
 
 def bundle_source(bundle: Bundle, only: Artifact | None = None) -> Source:
-    """What can be run of a bundle, or of one artifact in it; bytes are verified when read."""
+    """What can be run of a bundle, or of one artifact in it, which plain variants run; bytes are verified when read."""
     held = [artifact.name for artifact in ((only,) if only else bundle.manifest.artifacts)]
-    runs = tuple(variant for variant in VARIANTS if variant.artifact.name in held)
+    runs = tuple(v for v in VARIANTS if v.artifact.name in held and (only is None or v.options == PLAIN))
     where = f"{bundle.path / only.path}" if only else f"{bundle.path} (bundle)"
     return Source(where, bundle.metadata, runs, lambda variant: bundle.read(artifact_of(bundle, variant)))
 
@@ -161,7 +162,7 @@ def _checkpoint_source(what: str | Path, loaded: Checkpoint) -> Source:
 
 
 def _plain(format: str) -> tuple[Variant, ...]:
-    """For a file on its own the first variant of its format on each device: one file has one precision and exporter, and one answer."""
+    """For a file on its own the first variant of its format on each device, which is plain: it has one precision, and one exporter."""
     per_device = {variant.device: variant for variant in reversed(VARIANTS) if variant.artifact.format == format}
     return tuple(per_device[device] for device in DEVICES)
 

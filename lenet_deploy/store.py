@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -126,7 +127,16 @@ def cannot_write(path: Path, error: OSError) -> CannotWrite:
 def dump(kind: str, version: int, environment: Environment, body: Mapping[str, Any]) -> str:
     """JSON text that starts with its schema and holds its environment."""
     document = {"schema": f"lenet-deploy/{kind}/{version}", **body, "environment": dataclasses.asdict(environment)}
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    return _numbers_in_rows(json.dumps(document, indent=2, allow_nan=False)) + "\n"
+
+
+# A string in JSON holds no line break, so that this matches lists alone.
+_NUMBERS = re.compile(r"\[\n\s*(-?[\d.eE+-]+(?:,\n\s*-?[\d.eE+-]+)*)\n\s*\]")
+
+
+def _numbers_in_rows(text: str) -> str:
+    """JSON with each list of numbers on one line: raw times are many."""
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def digest(document: Mapping[str, Any]) -> str:

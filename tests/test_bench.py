@@ -1,261 +1,36 @@
-"""The timing policy on a clock of its own, and the bench run on real sessions."""
+"""The bench as users call it: real worker processes, real sessions; and what a report derives from raw times."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from lenet_deploy import api
-from lenet_deploy.bench.plan import PROFILES, REVISIT_LAUNCHES, SCOPES, Case, Profile, find_profile, measure
-from lenet_deploy.bench.timing import MAX_WARMUP_LAUNCHES, MIN_WARMUP_LAUNCHES, calibrate, time_block, timer_overhead_s
+from lenet_deploy.bench.coordinator import COMMAND, Gathered
+from lenet_deploy.bench.plan import PROFILES, SCOPES, Plan, find_profile, plan_from_json
+from lenet_deploy.bench.results import batch_choices, measurements
 from lenet_deploy.bundle import Bundle
-from lenet_deploy.checkpoint import Checkpoint
-from lenet_deploy.data import Dataset, fit, normalise
-from lenet_deploy.devices import computing_on
 from lenet_deploy.errors import BadInput, UnknownName, Unusable
 from lenet_deploy.order_statistics import MIN_SAMPLES
-from lenet_deploy.records import BenchReport, Measurement, NodePlacement
-from lenet_deploy.runtimes import Session
-from lenet_deploy.sources import artifact_of
-from lenet_deploy.variants import VARIANTS, Variant
+from lenet_deploy.records import STOPS, BenchReport, Measurement, Visit
+from lenet_deploy.variants import VARIANTS
 
-ON_CPU = [variant for variant in VARIANTS if variant.device == "cpu"]
-FOREVER = 1e9
-
-
-class FakeClock:
-    """A clock that costs `reading_s` to read, and a launch that takes the scripted times, the last one for ever."""
-
-    def __init__(self, reading_s: float, launches_s: Iterable[float]) -> None:
-        self.now = 0.0
-        self.reading_s = reading_s
-        self.script = iter(launches_s)
-        self.last = 0.0
-        self.launches = 0
-
-    def __call__(self) -> float:
-        self.now += self.reading_s
-        return self.now
-
-    def launch(self) -> None:
-        self.last = next(self.script, self.last)
-        self.now += self.last
-        self.launches += 1
-
-
-def test_the_timers_overhead_is_what_one_reading_costs() -> None:
-    assert timer_overhead_s(FakeClock(4e-8, ())) == pytest.approx(4e-8)
-    assert 0.0 <= timer_overhead_s() < 1e-4
-
-
-def test_a_block_is_timed_by_two_readings_around_all_its_launches() -> None:
-    clock = FakeClock(0.5, [3.0])
-    assert time_block(clock.launch, 5, clock) == 5 * 3.0 + 0.5
-    assert clock.launches == 5
-    assert clock.now == 5 * 3.0 + 2 * 0.5
-
-
-@pytest.mark.parametrize("launch_s", [1e-7, 1e-6, 2e-5, 3.3e-4, 0.01, 2.0])
-@pytest.mark.parametrize("overhead_s", [2e-8, 1e-7, 1e-6])
-def test_reading_the_clock_takes_at_most_a_thousandth_of_a_block(launch_s: float, overhead_s: float) -> None:
-    clock = FakeClock(overhead_s, [launch_s])
-    launches = calibrate(clock.launch, FOREVER, overhead_s, clock).launches_per_block
-    block_s = time_block(clock.launch, launches, clock)
-    assert overhead_s <= 0.001 * block_s * (1 + 1e-6)
-
-
-@pytest.mark.parametrize("launch_s", [1e-6, 2e-5, 3.3e-4])
-def test_a_block_is_no_longer_than_it_must_be(launch_s: float) -> None:
-    clock = FakeClock(1e-7, [launch_s])
-    launches = calibrate(clock.launch, FOREVER, 1e-7, clock).launches_per_block
-    assert (launches - 1) * 0.001 * launch_s <= 1e-7
-
-
-def test_slow_launches_are_single_launch_blocks() -> None:
-    clock = FakeClock(1e-7, [0.01])
-    assert calibrate(clock.launch, FOREVER, 1e-7, clock).launches_per_block == 1
-
-
-def test_a_steady_case_warms_up_for_two_halves() -> None:
-    clock = FakeClock(0.0, [1e-3])
-    found = calibrate(clock.launch, FOREVER, 0.0, clock)
-    assert found.warmup_launches == clock.launches == 2 * MIN_WARMUP_LAUNCHES
-    assert found.launch_s == pytest.approx(1e-3)
-
-
-@pytest.mark.parametrize("slow", [1, 12, 25])
-def test_slow_first_launches_do_not_count(slow: int) -> None:
-    clock = FakeClock(1e-7, [1.0] * slow + [1e-3])
-    found = calibrate(clock.launch, FOREVER, 1e-7, clock)
-    assert found.launch_s == pytest.approx(1e-3, rel=1e-3)
-    assert found.warmup_launches >= slow + MIN_WARMUP_LAUNCHES // 2
-
-
-def test_a_case_that_never_settles_stops_at_the_cap() -> None:
-    clock = FakeClock(0.0, (1e-6 * 1.02**i for i in itertools.count()))
-    assert calibrate(clock.launch, FOREVER, 0.0, clock).warmup_launches == MAX_WARMUP_LAUNCHES == 300
-
-
-@pytest.mark.parametrize(("limit_s", "launches"), [(0.5, 1), (3.5, 4), (30.5, 31)])
-def test_the_warm_up_ends_at_its_time_limit(limit_s: float, launches: int) -> None:
-    clock = FakeClock(0.0, [1.0])
-    found = calibrate(clock.launch, limit_s, 0.0, clock)
-    assert found.warmup_launches == launches
-    assert found.launch_s == 1.0
-
-
-def test_a_clock_too_coarse_to_see_a_launch_still_gives_a_block() -> None:
-    clock = FakeClock(0.0, [0.0])
-    assert calibrate(clock.launch, FOREVER, 1e-7, clock).launches_per_block >= 1
-
-
-class Recorder:
-    """A session that keeps what was bound and launched."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.device, self.node_providers = session.device, session.node_providers
-        self.input = self.output = torch.empty(0)
-
-    def bind(self, batch_size: int) -> torch.Tensor:
-        self.input = self.session.bind(batch_size)
-        return self.input
-
-    def launch(self) -> torch.Tensor:
-        self.output = self.session.launch()
-        return self.output
-
-
-class FakeSession:
-    """A session without arithmetic, so that order and counts do not wait for it; a launch takes at least `pause_s`."""
-
-    device = torch.device("cpu")
-    node_providers: tuple[NodePlacement, ...] = ()
-
-    def __init__(self, input_shape: tuple[int, int, int], pause_s: float = 0.0) -> None:
-        self.input_shape = input_shape
-        self.pause_s = pause_s
-        self.bound: list[int] = []
-        self.launches = 0
-
-    def bind(self, batch_size: int) -> torch.Tensor:
-        self.bound.append(batch_size)
-        return torch.zeros(batch_size, *self.input_shape)
-
-    def launch(self) -> torch.Tensor:
-        time.sleep(self.pause_s)
-        self.launches += 1
-        return torch.zeros(1)
-
-
-TINY = Profile("tiny", (1,), rounds=4, visit_s=0.002, window_s=0.002, warmup_s=0.02, core_only=True)
-ONCE = dataclasses.replace(TINY, rounds=1)
-
-
-@contextlib.contextmanager
-def opened(bundle: Bundle, variant: Variant) -> Iterator[Session]:
-    data = bundle.read(artifact_of(bundle, variant))
-    with computing_on(torch.device("cpu")), variant.open_session(data, bundle.metadata.preprocessing.input_shape) as session:
-        yield session
-
-
-def case(bundle: Bundle, session: Session, images: torch.Tensor, scope: str = "device", variant: Variant = ON_CPU[0]) -> Case:
-    return Case(variant, session, images, scope, bundle.metadata.preprocessing, 123, 97.5)
-
-
-@pytest.fixture
-def pixels(digits: Dataset, bundle: Bundle) -> torch.Tensor:
-    """uint8 digits of the model's size."""
-    return fit(digits.test_images[:8], bundle.metadata.preprocessing)
-
-
-def visits(bundle: Bundle, pixels: torch.Tensor, seed: int) -> tuple[list[int], list[tuple[int, int, str]], tuple[Measurement, ...]]:
-    """The order in which six cases, told apart by batch size, were visited; what progress said; and the measurements."""
-    session = FakeSession(bundle.metadata.preprocessing.input_shape)
-    said: list[tuple[int, int, str]] = []
-    cases = [case(bundle, session, pixels[:size]) for size in range(1, 7)]
-    found = measure(cases, TINY, lambda done, total, what: said.append((done, total, what)), seed)
-    return session.bound, said, found
-
-
-def test_every_case_is_visited_once_a_round_in_an_order_that_changes(bundle: Bundle, pixels: torch.Tensor) -> None:
-    bound, _, _ = visits(bundle, pixels, seed=0)
-    rounds = [bound[i : i + 6] for i in range(0, len(bound), 6)]
-    assert len(rounds) == TINY.rounds
-    assert all(sorted(each) == [1, 2, 3, 4, 5, 6] for each in rounds)
-    assert len({tuple(each) for each in rounds}) > 1
-
-
-def test_the_order_is_the_seeds(bundle: Bundle, pixels: torch.Tensor) -> None:
-    orders = [visits(bundle, pixels, seed)[0] for seed in (0, 0, 1)]
-    assert orders[0] == orders[1]
-    assert orders[0] != orders[2]
-
-
-def test_measurements_come_in_the_cases_order_and_progress_counts_every_visit(bundle: Bundle, pixels: torch.Tensor) -> None:
-    _, said, found = visits(bundle, pixels, seed=3)
-    assert [m.batch_size for m in found] == [1, 2, 3, 4, 5, 6]
-    assert said == [(done, 24, ON_CPU[0].name) for done in range(1, 25)]
-
-
-def test_times_are_kept_from_every_round_and_none_is_of_the_warm_up(bundle: Bundle, pixels: torch.Tensor) -> None:
-    session = FakeSession(bundle.metadata.preprocessing.input_shape, pause_s=0.003)
-    found = measure([case(bundle, session, pixels[:2])], TINY, lambda *said: None)[0]
-    assert found.launches_per_block == 1
-    assert found.warmup_launches >= 1
-    assert len(found.times_s) == TINY.rounds  # one launch fills a visit
-    revisits = REVISIT_LAUNCHES * (TINY.rounds - 1)
-    first = 1  # shows whether the batch runs at all
-    assert session.launches == first + found.warmup_launches + revisits + len(found.times_s) + found.window_images // 2
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_a_launch_takes_at_least_its_known_time(bundle: Bundle, pixels: torch.Tensor, scope: str) -> None:
-    found = measure(
-        [case(bundle, FakeSession(bundle.metadata.preprocessing.input_shape, pause_s=0.003), pixels[:4], scope)], TINY, lambda *said: None
-    )[0]
-    assert min(found.times_s) >= 0.003
-    assert found.median_s < 0.3
-    assert found.throughput_ips <= 4 / 0.003
-    assert found.window_s >= TINY.rounds * TINY.window_s
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("variant", ON_CPU, ids=lambda variant: variant.name)
-def test_what_is_timed_is_inference_on_the_normalised_images(
-    variant: Variant, scope: str, bundle: Bundle, checkpoint: Checkpoint, pixels: torch.Tensor
-) -> None:
-    expected = normalise(pixels[:3], bundle.metadata.preprocessing)
-    with opened(bundle, variant) as session:
-        recorder = Recorder(session)
-        measure([case(bundle, recorder, pixels[:3], scope, variant)], ONCE, lambda *said: None)
-        assert torch.equal(recorder.input, expected)
-        torch.testing.assert_close(recorder.output.clone(), checkpoint.module()(expected), rtol=1e-5, atol=1e-4)
-
-
-def test_e2e_reads_the_images_anew_at_each_launch_and_device_does_not(bundle: Bundle, pixels: torch.Tensor) -> None:
-    seen = {}
-    for scope in SCOPES:
-        images = pixels[:2].clone()
-        with opened(bundle, ON_CPU[0]) as session:
-            recorder = Recorder(session)
-            start, finish = case(bundle, recorder, images, scope)._bound()
-            images.zero_()
-            finish(start())
-            seen[scope] = torch.equal(recorder.input, normalise(images, bundle.metadata.preprocessing))
-    assert seen == {"device": False, "e2e": True}
+EAGER, ORT = "eager/torch-cpu/fp32", "onnx/ort-cpu/fp32"
 
 
 @pytest.fixture(scope="module")
 def report(bundle: Bundle) -> BenchReport:
-    """One real, short benchmark of everything in the bundle."""
-    return api.benchmark(bundle, batch_sizes=(1, 2, 2), rounds=1)
+    """One real, short benchmark of every core variant, in two processes, with a cold start of each."""
+    return api.benchmark(bundle, batch_sizes=(1, 2, 2), rounds=1, processes=2, cold_start=True)
 
 
 def test_the_benchmark_measures_every_usable_core_variant_in_every_workload(report: BenchReport) -> None:
@@ -265,95 +40,157 @@ def test_the_benchmark_measures_every_usable_core_variant_in_every_workload(repo
     ]
     assert [skipped.name for skipped in report.skipped] == [v.name for v in VARIANTS if v.core and v not in usable]
     assert all(skipped.reason for skipped in report.skipped)
+    assert report.partial is None
 
 
 def test_every_measurement_is_positive_and_consistent(report: BenchReport, bundle: Bundle) -> None:
     for m in report.measurements:
-        entry = next(v.artifact.name for v in VARIANTS if v.name == m.variant)
-        artifact = bundle.artifact(entry)
+        artifact = bundle.artifact(next(v.artifact.name for v in VARIANTS if v.name == m.variant))
         assert artifact is not None
         assert (m.size_bytes, m.accuracy) == (artifact.size_bytes, artifact.accuracy[m.variant])
-        assert m.times_s
         assert min(m.times_s) > 0
         assert min(m.times_s) <= m.median_s <= max(m.times_s)
-        assert m.throughput_ips == m.window_images / m.window_s
-        assert m.window_images % m.batch_size == 0
+        assert [(visit.process, visit.round) for visit in m.visits] == [(0, 0), (1, 0)]
+        assert sum(visit.samples for visit in m.visits) == len(m.times_s)
+        assert m.throughput_ips == pytest.approx(sum(v.window_images for v in m.visits) / sum(v.window_s for v in m.visits))
+        assert all(visit.window_images % m.batch_size == 0 for visit in m.visits)
         assert m.launches_per_block >= 1
-        assert m.warmup_launches >= 1
+        assert m.warmup_launches >= 2, "one process after the other"
         assert m.device.startswith("cuda" if "-cuda/" in m.variant else "cpu")
         assert bool(m.node_providers) == m.variant.startswith("onnx/")
+        assert m.stop == "rounds"
 
 
-def test_the_environment_is_part_of_the_report(report: BenchReport) -> None:
+def test_each_row_has_its_share_of_a_limit_measured_in_the_same_run(report: BenchReport) -> None:
+    assert {limit.device for limit in report.limits} == {m.device for m in report.measurements}
+    for m in report.measurements:
+        assert m.limit_fraction is not None
+        assert m.limit_fraction > 0
+        assert m.bound in ("launch", "compute", "memory", "pcie")
+        assert set(m.floors_s) >= {"compute", "memory"}
+        assert m.overhead_s is not None
+
+
+def test_each_process_says_what_the_machine_did(report: BenchReport) -> None:
+    assert [state.process for state in report.machine] == [0, 1]
+    assert all(state.cpu for state in report.machine)
+
+
+def test_every_variant_has_a_cold_start_that_adds_up(report: BenchReport) -> None:
+    assert [cold.variant for cold in report.cold_starts] == list(dict.fromkeys(m.variant for m in report.measurements))
+    for cold in report.cold_starts:
+        assert 0 < cold.load_s + cold.first_s + cold.import_s <= cold.total_s
+        assert cold.steady_s > 0
+        assert cold.batch_size == 2
+        assert cold.peak_memory_bytes is not None
+        assert cold.peak_memory_bytes > 50e6, "torch alone is more"
+
+
+def test_speed_ups_are_relative_to_the_first_variant_unless_another_is_named(report: BenchReport, bundle: Bundle) -> None:
+    assert {each.baseline for each in report.speedups if "-cpu/" in each.variant} == {EAGER}
+    assert all(each.pairs == 2 for each in report.speedups)
+    assert all(each.ci95 is None for each in report.speedups), "two pairs have no interval"
+    named = api.benchmark(bundle, variants=(EAGER, ORT), baseline=ORT, batch_sizes=(1,), scopes=("device",), rounds=6)
+    found = {each.variant: each for each in named.speedups}
+    assert found[ORT].ratio == 1.0
+    assert found[EAGER].ci95 is not None
+
+
+def test_the_environment_is_that_of_the_workers(report: BenchReport) -> None:
     assert report.environment.threads == torch.get_num_threads()
     assert report.environment.versions["torch"].startswith(torch.__version__.partition("+")[0])
 
 
-def test_the_quick_profile_covers_core_variants_only(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [profile.name for profile in PROFILES if profile.core_only] == ["quick"]
-    extra = dataclasses.replace(ON_CPU[0], name="eager/torch-cpu/fp32/extra", core=False)
-    monkeypatch.setattr("lenet_deploy.sources.VARIANTS", (ON_CPU[0], extra))
+def test_threads_are_those_asked_for(bundle: Bundle) -> None:
+    found = api.benchmark(bundle, variants=(EAGER,), batch_sizes=(1,), scopes=("device",), rounds=1, threads=3)
+    assert (found.environment.threads, found.options["threads"]) == (3, 3)
+    assert torch.get_num_threads() != 3
+
+
+def test_the_quick_profile_covers_core_variants_only_and_full_all(bundle: Bundle) -> None:
+    said: dict[str, set[str]] = {}
     for profile in PROFILES:
-        shortened = dataclasses.replace(profile, rounds=1, visit_s=0.001, window_s=0.001, warmup_s=0.01)
-        monkeypatch.setattr("lenet_deploy.bench.plan.PROFILES", (shortened,))
-        measured = [m.variant for m in api.benchmark(bundle, profile=profile.name, batch_sizes=(1,), scopes=("device",)).measurements]
-        assert measured == [ON_CPU[0].name] if profile.core_only else [ON_CPU[0].name, extra.name]
-    asked = api.benchmark(bundle, variants=("*/extra",), profile=PROFILES[-1].name, batch_sizes=(1,), scopes=("device",))
-    assert [m.variant for m in asked.measurements] == [extra.name]
+        found = api.benchmark(
+            bundle, profile=profile.name, batch_sizes=(1,), scopes=("device",), rounds=1, processes=1, cold_start=False, device="cpu"
+        )
+        said[profile.name] = {m.variant for m in found.measurements}
+    assert said["quick"] == {variant.name for variant in VARIANTS if variant.core and variant.device == "cpu"}
+    assert said["full"] == {variant.name for variant in VARIANTS if variant.device == "cpu"}
+    assert find_profile("full").processes >= 3
+    assert find_profile("quick").processes == 1
+    assert all(profile.rounds * profile.visit_s >= 0.5 for profile in PROFILES), "the window of launches back to back"
 
 
 def test_globs_and_one_scope_narrow_the_run_and_progress_is_reported(bundle: Bundle) -> None:
     said: list[tuple[int, int, str]] = []
     found = api.benchmark(
         bundle.path,
-        variants=("onnx/ort-cpu/fp32",),
+        variants=(ORT,),
         batch_sizes=(3,),
-        scopes=("e2e",),
+        scopes=("e2e", "e2e"),
         rounds=2,
         device="cpu",
         progress=lambda done, total, what: said.append((done, total, what)),
     )
-    assert [(m.variant, m.batch_size, m.scope) for m in found.measurements] == [("onnx/ort-cpu/fp32", 3, "e2e")]
-    assert said == [(1, 2, "onnx/ort-cpu/fp32"), (2, 2, "onnx/ort-cpu/fp32")]
+    assert [(m.variant, m.batch_size, m.scope) for m in found.measurements] == [(ORT, 3, "e2e")]
+    assert said == [(1, 2, ORT), (2, 2, ORT)]
     assert found.skipped == ()
 
 
-@pytest.mark.parametrize("size", [0, -8])
-def test_batch_sizes_below_one_are_bad_input(bundle: Bundle, size: int) -> None:
-    with pytest.raises(BadInput, match=f"batch size is {size}"):
-        api.benchmark(bundle, batch_sizes=(1, size))
+def test_a_sweep_finds_batch_sizes_and_the_best_of_them(bundle: Bundle) -> None:
+    found = api.benchmark(bundle, variants=(ORT,), sweep=True, slo_s=0.02, scopes=("device",), rounds=1)
+    sizes = [m.batch_size for m in found.measurements]
+    assert sizes == [2**power for power in range(len(sizes))]
+    assert len(sizes) >= 2
+    choice = found.batches[0]
+    assert (choice.variant, choice.scope) == (ORT, "device")
+    assert choice.best in sizes
 
 
-@pytest.mark.parametrize("rounds", [0, -1])
-def test_rounds_below_one_are_bad_input(bundle: Bundle, rounds: int) -> None:
-    with pytest.raises(BadInput, match=f"rounds is {rounds}"):
-        api.benchmark(bundle, rounds=rounds)
+def test_ctrl_c_keeps_what_was_measured(bundle: Bundle) -> None:
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    found = api.benchmark(bundle, variants=(EAGER,), batch_sizes=(1, 2), scopes=("device",), rounds=50, progress=interrupt)
+    assert found.partial is not None
+    assert "interrupted after 3 visits" in found.partial
+    assert sum(len(m.visits) for m in found.measurements) == 3
+    assert {m.stop for m in found.measurements} == {"interrupted"}
 
 
-def test_an_unknown_scope_is_bad_input_and_names_those_there_are(bundle: Bundle) -> None:
-    with pytest.raises(BadInput, match=r"'host'.*device or e2e"):
-        api.benchmark(bundle, scopes=("device", "host"))
+def test_ctrl_c_before_anything_was_measured_is_an_interrupt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Gathered, event: object, process: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Gathered, "take", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        api.benchmark(bundle, variants=(EAGER,), batch_sizes=(1,), rounds=1)
 
 
-def test_no_scope_at_all_is_bad_input(bundle: Bundle) -> None:
-    with pytest.raises(BadInput, match="scope"):
-        api.benchmark(bundle, scopes=())
-
-
-def test_a_scope_named_twice_is_measured_once(bundle: Bundle) -> None:
-    found = api.benchmark(bundle, variants=("eager/torch-cpu/*",), batch_sizes=(1,), scopes=("device", "device"), rounds=1)
-    assert [m.scope for m in found.measurements] == ["device"]
-
-
-def test_an_unknown_profile_is_bad_input_with_the_nearest_name(bundle: Bundle) -> None:
-    with pytest.raises(UnknownName, match="quick"):
-        api.benchmark(bundle, profile="quik")
-    assert find_profile("full").name == "full"
-
-
-def test_an_unknown_variant_is_bad_input(bundle: Bundle) -> None:
-    with pytest.raises(UnknownName, match="variant 'tensorrt/"):
-        api.benchmark(bundle, variants=("tensorrt/*",))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_sizes": (1, 0)}, "batch size is 0"),
+        ({"batch_sizes": (1, -8)}, "batch size is -8"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"processes": 0}, "processes is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"scopes": ("device", "host")}, r"'host'.*device or e2e"),
+        ({"scopes": ()}, "scope"),
+        ({"sweep": True, "batch_sizes": (1,)}, "sweep"),
+        ({"slo_s": 0.0}, "latency budget is 0 ms"),
+        ({"slo_s": float("nan")}, "latency budget"),
+        ({"limit_s": -1.0}, "time limit is -1 s"),
+        ({"profile": "quik"}, "quick"),
+        ({"variants": ("tensorrt/*",)}, "variant 'tensorrt/"),
+        ({"baseline": "eager"}, "baseline 'eager'"),
+        ({"variants": (ORT,), "ort_options": {"no_such_option": "1"}, "batch_sizes": (1,)}, "no_such_option"),
+    ],
+)
+def test_what_makes_no_sense_is_bad_input(bundle: Bundle, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        api.benchmark(bundle, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so its variants are measured")
@@ -362,33 +199,197 @@ def test_nothing_but_unusable_variants_is_unusable_with_each_reason(bundle: Bund
         api.benchmark(bundle, variants=("onnx/ort-cuda/fp32",))
 
 
-def measurement(times: int, launches_per_block: int = 1) -> Measurement:
+# The worker process.
+
+
+def request(path: Path) -> str:
+    plan = Plan(str(path), "cpu", (EAGER,), {EAGER: (1,)}, ("device",), 1, 2, True, 0.01, 0.1, 1.0, 0)
+    return json.dumps({"plan": plan.to_json(), "process": 0})
+
+
+def worker(text: str, folder: Path) -> tuple[int, list[dict[str, object]]]:
+    done = subprocess.run(COMMAND, input=text, capture_output=True, text=True, timeout=120, cwd=folder)
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_worker_sends_events_and_nothing_else_and_ends_with_done(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('a file of the user was imported')")
+    code, sent = worker(request(bundle.path), tmp_path)
+    kinds = [event["event"] for event in sent]
+    assert code == 0
+    assert kinds[-1] == "done"
+    assert kinds.count("visit") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["torch.py"]
+
+
+def test_an_error_of_ours_is_an_event(tmp_path: Path) -> None:
+    code, sent = worker(request(tmp_path / "absent"), tmp_path)
+    assert code == 0
+    assert (sent[-1]["event"], sent[-1]["kind"]) == ("error", "BadInput")
+    assert "absent" in str(sent[-1]["message"])
+
+
+def test_a_plan_survives_its_journey() -> None:
+    plan = Plan("b", "cpu", ("a", "b"), {"a": (1, 2)}, SCOPES, 3, 2, False, 0.1, 0.2, 3.0, 7, 4, True, {"k": "v"}, (("a", 1, "e2e", 9),))
+    assert plan_from_json(plan.to_json()) == plan
+
+
+def test_a_worker_that_dies_is_reported_with_what_it_said(bundle: Bundle) -> None:
+    killed = []
+
+    def kill(done: int, total: int, what: str) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        killed.extend(children)
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+
+    with pytest.raises(Unusable, match=r"a measuring process ended with signal 9.*run the bench again"):
+        api.benchmark(bundle, variants=(EAGER,), batch_sizes=(1,), scopes=("device",), rounds=100, progress=kill)
+    assert killed
+
+
+def test_a_worker_ends_when_its_parent_does(bundle: Bundle) -> None:
+    program = (
+        "import os, sys; from lenet_deploy import api\n"
+        f"api.benchmark({str(bundle.path)!r}, variants=({EAGER!r},), batch_sizes=(1,), rounds=1000, progress=lambda *a: os._exit(9))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    pid = None
+    while parent.poll() is None:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        pid = next(iter(children.read_text().split()), pid) if children.exists() else pid
+        time.sleep(0.02)
+    assert parent.returncode == 9
+    assert pid is not None
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline, "the worker outlives its parent"
+        time.sleep(0.05)
+
+
+# What is derived from raw times.
+
+
+def measurement(times: int, launches_per_block: int = 1, **changes: object) -> Measurement:
     seconds = tuple(1e-3 + 1e-6 * i for i in range(times))
-    return Measurement("v", "cpu", 8, "device", seconds, launches_per_block, 800, 0.1, 40, 1, None, (NodePlacement("n", "p"),))
+    visit = Visit(process=0, round=0, samples=times, singles=0, window_images=800, window_s=0.1)
+    made = Measurement("v", "cpu", 8, "device", seconds, launches_per_block, (visit,), 40, "rounds", 1, None)
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def visited(*groups: tuple[float, ...], flags: tuple[str | None, ...] = ()) -> Measurement:
+    """A measurement of one visit a group."""
+    whole = (*flags, *(None,) * (len(groups) - len(flags)))
+    visits = tuple(
+        Visit(process=0, round=i, samples=len(group), singles=0, window_images=len(group), window_s=sum(group), flag=flag)
+        for i, (group, flag) in enumerate(zip(groups, whole, strict=True))
+    )
+    times = tuple(time for group in groups for time in group)
+    return Measurement("v", "cpu", 1, "device", times, 1, visits, 40, "rounds", 1, None)
 
 
 @pytest.mark.parametrize("percent", MIN_SAMPLES)
-def test_a_percentile_needs_enough_samples(percent: int) -> None:
+def test_a_percentile_needs_enough_samples(percent: float) -> None:
     needed = MIN_SAMPLES[percent]
-    assert getattr(measurement(needed - 1), f"p{percent}_s") is None
-    value = getattr(measurement(needed), f"p{percent}_s")
+    assert measurement(needed - 1).percentiles_s[f"p{percent:g}"] is None
+    value = measurement(needed).percentiles_s[f"p{percent:g}"]
     assert value == pytest.approx(1e-3 + 1e-6 * (needed - 1) * percent / 100)
 
 
-def test_blocks_of_several_launches_have_no_percentiles() -> None:
+def test_percentiles_of_blocks_come_from_launches_timed_alone() -> None:
     blocks = measurement(1000, launches_per_block=2)
-    assert (blocks.p90_s, blocks.p99_s) == (None, None)
+    assert set(blocks.percentiles_s.values()) == {None}
     assert blocks.median_s == pytest.approx(1e-3 + 1e-6 * 499.5)
-    assert blocks.ci95_s is not None
-    assert blocks.ci95_s[0] < blocks.median_s < blocks.ci95_s[1]
+    visit = dataclasses.replace(blocks.visits[0], singles=700)
+    with_singles = dataclasses.replace(blocks, visits=(visit,), single_times_s=(2e-3,) * 700)
+    assert with_singles.percentiles_s["p99"] == 2e-3
+    assert with_singles.median_s == blocks.median_s
+
+
+def test_the_interval_needs_six_visits_and_is_no_narrower_than_theirs() -> None:
+    assert visited(*[(1.0,) * 100] * 5).ci95_s is None
+    apart = visited(*[(1.0 + 0.1 * i,) * 1000 for i in range(6)])
+    assert apart.ci95_s == (1.0, 1.5), "six thousand samples, but six visits"
+
+
+def test_flagged_visits_stay_in_the_file_and_out_of_the_statistics() -> None:
+    found = visited((1.0, 1.0), (9.0, 9.0, 9.0), (2.0, 2.0), flags=(None, "throttled"))
+    assert len(found.times_s) == 7
+    assert found.flagged == 3
+    assert found.kept_s == (1.0, 1.0, 2.0, 2.0)
+    assert found.median_s == 1.5
+    assert found.throughput_ips == pytest.approx(4 / 6)
+    assert "3 samples flagged and left out" in found.warnings
+    nothing = visited((1.0,), flags=("throttled",))
+    assert nothing.warnings == ("all 1 samples were flagged",)
 
 
 def test_throughput_is_images_by_wall_clock_and_not_by_the_median() -> None:
     assert measurement(3).throughput_ips == 8000.0
 
 
-def test_a_wide_spread_is_warned_of() -> None:
-    assert measurement(100).warnings == ()
-    noisy = dataclasses.replace(measurement(1), times_s=(1.0, 1.0, 2.0, 3.0))
-    assert len(noisy.warnings) == 1
-    assert "noisy" in noisy.warnings[0]
+def test_a_launch_whose_fixed_part_is_most_of_it_is_launch_bound() -> None:
+    floors = {"compute": 2e-4, "memory": 3e-4}
+    assert measurement(3, floors_s=floors, overhead_s=9e-4).bound == "launch"
+    assert measurement(3, floors_s=floors, overhead_s=7e-4).bound == "memory"
+    assert measurement(3, floors_s=floors).limit_fraction == pytest.approx(3e-4 / 1.001e-3)
+    assert (measurement(3).bound, measurement(3).limit_fraction) == (None, None)
+
+
+def test_copies_that_take_as_long_as_the_gpu_computes_bind() -> None:
+    gpu = {"gpu_times_s": (1e-4,), "h2d_times_s": (1e-4,), "d2h_times_s": (1e-6,), "floors_s": {"compute": 1e-5}}
+    assert measurement(3, scope="e2e", **gpu).bound == "pcie"
+    assert measurement(3, scope="device", **gpu).bound == "compute"
+    assert measurement(3, scope="e2e", **{**gpu, "h2d_times_s": (9e-5,)}).bound == "compute"
+
+
+def test_energy_is_by_image_and_of_visits_that_count() -> None:
+    visits = [
+        Visit(process=0, round=i, samples=1, singles=0, window_images=10, window_s=1.0, energy_j=joules, flag=flag)
+        for i, (joules, flag) in enumerate([(20.0, None), (900.0, "throttled"), (40.0, None)])
+    ]
+    assert measurement(3, visits=tuple(visits)).energy_per_image_j == 3.0
+    assert measurement(3).energy_per_image_j is None
+
+
+def choice(throughputs: dict[int, float], p50: dict[int, float], slo_s: float | None) -> tuple[int, int | None]:
+    rows = [
+        measurement(
+            3,
+            batch_size=size,
+            times_s=(p50[size],) * 3,
+            visits=(Visit(process=0, round=0, samples=3, singles=0, window_images=int(rate), window_s=1.0),),
+        )
+        for size, rate in throughputs.items()
+    ]
+    found = batch_choices(rows, slo_s)
+    assert [each.statistic for each in found] == ["median"]
+    return found[0].best, found[0].within_slo
+
+
+def test_the_best_batch_is_that_of_the_highest_throughput_and_the_budget_bounds_it() -> None:
+    rates, latencies = {1: 100.0, 2: 180.0, 4: 200.0, 8: 199.0}, {1: 0.01, 2: 0.012, 4: 0.02, 8: 0.04}
+    assert choice(rates, latencies, None) == (4, None)
+    assert choice(rates, latencies, 0.015) == (4, 2)
+    assert choice(rates, latencies, 0.001) == (4, None)
+
+
+def test_the_budget_is_kept_by_p99_where_all_have_it() -> None:
+    tail = (1e-3,) * 980 + (5e-2,) * 20
+    rows = [measurement(1000, batch_size=size, times_s=tail) for size in (1, 2)]
+    found = batch_choices(rows, 0.01)[0]
+    assert (found.statistic, found.within_slo) == ("p99", None)
+
+
+def test_what_was_not_visited_is_no_measurement() -> None:
+    found = Gathered(opened={"v": ("cpu", ())})
+    assert measurements(found, [("v", 1, "device")], lambda *asked: {}, {"v": 1}, {}) == ()
+
+
+def test_every_way_to_stop_is_documented() -> None:
+    assert {"precise", "settled", "rounds", "time limit", "interrupted"} == set(STOPS)
+
+
+def test_an_unknown_profile_is_bad_input_with_the_nearest_name() -> None:
+    with pytest.raises(UnknownName, match="quick"):
+        find_profile("quik")

@@ -28,13 +28,13 @@ from lenet_deploy.exporters.torchscript import export_script
 from lenet_deploy.parity.check import ALONE, BATCH_SIZES, SPECIALS, Trial, check_variant, run_batch
 from lenet_deploy.parity.inputs import EAGER, input_sets
 from lenet_deploy.records import CHECKS, Environment, NodePlacement, ParityReport, ParityResult
-from lenet_deploy.runtimes import Session
+from lenet_deploy.runtimes import Session, SessionOptions
 from lenet_deploy.runtimes.eager import ModuleSession
 from lenet_deploy.runtimes.traces import Trace
 from lenet_deploy.variants import ONNX_TS, TRACE, VARIANTS, ArtifactSpec, RuntimeEntry, Variant
 
 CPU = torch.device("cpu")
-EAGER_CPU, TRACE_CPU, SCRIPT_CPU, _, ONNX_CPU = (variant for variant in VARIANTS if variant.device == "cpu")
+EAGER_CPU, TRACE_CPU, SCRIPT_CPU, _, ONNX_CPU, *_ = (variant for variant in VARIANTS if variant.device == "cpu")
 SIZES = (1, 2, 7)  # the trial's
 ENVIRONMENT = Environment("os", "3.11", "cpu", 1, None, None, None, {}, None)
 Faulty = Callable[[ArtifactSpec, Checkpoint, nn.Module], bytes]
@@ -139,11 +139,11 @@ class Recording:
         self.batches: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def open_session(self, data: bytes, input_shape: tuple[int, int, int], device: str) -> Iterator[Session]:
+    def open_session(self, data: bytes, input_shape: tuple[int, int, int], device: str, options: SessionOptions) -> Iterator[Session]:
         yield ModuleSession(self._run, input_shape, CPU)
 
     def open_traces(
-        self, data: bytes, input_shape: tuple[int, int, int], device: str
+        self, data: bytes, input_shape: tuple[int, int, int], device: str, options: SessionOptions
     ) -> contextlib.AbstractContextManager[dict[str, Trace]]:
         raise Unusable("it hides its intermediate tensors")
 
@@ -407,7 +407,9 @@ class Refusing:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def open_session(self, data: bytes, input_shape: tuple[int, int, int], device: str) -> contextlib.AbstractContextManager[Session]:
+    def open_session(
+        self, data: bytes, input_shape: tuple[int, int, int], device: str, options: SessionOptions
+    ) -> contextlib.AbstractContextManager[Session]:
         raise self.error
 
 

@@ -67,14 +67,18 @@ class World:
         self.now = max(self.now, self.busy_until)
 
     def event(self) -> FakeEvent:
-        return FakeEvent(max(self.now, self.busy_until))
+        return FakeEvent(self, max(self.now, self.busy_until))
 
 
 @dataclasses.dataclass
 class FakeEvent:
     """A point on the fake GPU's clock."""
 
+    world: World
     at: float
+
+    def synchronize(self) -> None:
+        self.world.now = max(self.world.now, self.at)
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return (end.at - self.at) * 1e3
@@ -85,6 +89,7 @@ class FakeSession:
 
     device = torch.device("cpu")
     node_providers: tuple[NodePlacement, ...] = ()
+    settle_s = 0.0
 
     def __init__(self, world: World, cost: Callable[[int], float] | None = None) -> None:
         self.world, self.cost = world, cost
@@ -135,7 +140,7 @@ def case(world: World, size: int = 1, scope: str = "device", session: Any = None
 
 
 def bench(world: World, sent: list[dict[str, Any]], plan: Plan = PLAN, watch: Any = None) -> Bench:
-    return Bench(plan, sent.append, watch or Quiet(), 1e-9, 0.0, world.clock, world.sleep)
+    return Bench(plan, sent.append, watch or Quiet(), 1e-9, world.clock, world.sleep)
 
 
 def run(cases: list[Case], world: World, plan: Plan = PLAN, process: int = 0, watch: Any = None) -> list[dict[str, Any]]:
@@ -223,6 +228,23 @@ def test_short_launches_come_in_blocks_with_some_timed_alone() -> None:
         assert event["times_s"] == [pytest.approx(1e-7)] * len(event["times_s"])
         assert len(event["single_times_s"]) == pytest.approx(plan.visit_s / 4 / 1e-7, rel=0.01)
         assert event["window_images"] == launches * len(event["times_s"])
+
+
+def test_idle_threads_of_another_session_are_waited_for_and_those_of_its_own_are_not() -> None:
+    world = World()
+    waits: list[float] = []
+    first, second = FakeSession(world), FakeSession(world)
+    first.settle_s, second.settle_s = 0.5, 0.25
+    made = Bench(PLAN, lambda event: None, Quiet(), 1e-9, world.clock, waits.append)
+    for last, session in ((None, first), (first, first), (first, second), (second, first)):
+        made.visit(case(world, session=session), 0, last)
+    assert waits == [0.5, 0.25]
+
+
+def test_on_a_gpu_the_host_does_not_run_away_in_a_window() -> None:
+    world = World(enqueue_s=1e-4, gpu_s=0.05)
+    for event in visits(run([case(world, gpu=True)], world)):
+        assert event["window_s"] == pytest.approx(PLAN.visit_s, rel=0.3)
 
 
 def test_a_later_process_takes_the_block_length_of_the_first() -> None:
@@ -317,7 +339,7 @@ class Recorder:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.device, self.node_providers = session.device, session.node_providers
+        self.device, self.node_providers, self.settle_s = session.device, session.node_providers, session.settle_s
         self.input = self.output = torch.empty(0)
 
     def bind(self, batch_size: int) -> torch.Tensor:

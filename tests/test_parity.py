@@ -106,7 +106,7 @@ def test_globs_batch_sizes_and_data_set_narrow_the_run(tiny_bundle: Bundle, few:
     visited: list[tuple[int, int, str]] = []
     report = api.check_parity(
         tiny_bundle.path,
-        variants=("eager/*cpu*", "onnx/ort-cpu/*"),
+        variants=("eager/*cpu*/fp32", "onnx/ort-cpu/*"),
         batch_sizes=(5, 1, 5),
         dataset=other,
         progress=lambda done, total, what: visited.append((done, total, what)),
@@ -164,14 +164,14 @@ def test_a_required_variant_that_is_not_selected_is_bad_input_that_names_it(narr
 
 
 def test_a_required_variant_that_ran_is_not_missing(tiny_bundle: Bundle, few: Dataset) -> None:
-    report = api.check_parity(tiny_bundle, batch_sizes=(1,), device="cpu", dataset=few, require=("eager/*cpu*", "onnx/ort-cpu/*"))
+    report = api.check_parity(tiny_bundle, batch_sizes=(1,), device="cpu", dataset=few, require=("eager/*cpu*/fp32", "onnx/ort-cpu/*"))
     assert report.required == ("eager/torch-cpu/fp32", "onnx/ort-cpu/fp32/ts-exporter")
     assert (report.missing, report.verdict) == ((), "pass")
 
 
 @without_gpu
 def test_a_required_variant_that_cannot_run_here_is_missing_and_the_verdict_is_of_the_others(tiny_bundle: Bundle, few: Dataset) -> None:
-    report = api.check_parity(tiny_bundle, variants=("eager/*",), batch_sizes=(1,), dataset=few, require=("eager/*cuda*",))
+    report = api.check_parity(tiny_bundle, variants=("eager/*",), batch_sizes=(1,), dataset=few, require=("eager/*cuda*/fp32",))
     assert [result.variant for result in report.missing] == list(report.required) == ["eager/torch-cuda/fp32"]
     assert all("cannot be used" in (result.reason or "") for result in report.missing)
     assert report.verdict == "pass"

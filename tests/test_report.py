@@ -10,21 +10,27 @@ from lenet_deploy.models import MODELS
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,
+    BatchChoice,
     BenchReport,
+    ColdStart,
     Environment,
     Failure,
     LayerError,
+    Limit,
+    MachineState,
     Measurement,
     ParityReport,
     ParityResult,
     Prediction,
     RuntimeStatus,
+    Speedup,
+    Visit,
 )
+from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table
 from lenet_deploy.report.table import Table, to_markdown, to_text
 from lenet_deploy.report.tables import (
     accuracy_table,
     artifact_table,
-    bench_table,
     doctor_table,
     environment_line,
     layer_error_table,
@@ -200,24 +206,27 @@ def test_the_layer_error_tables_are_the_first_of_each_variant_under_its_name_and
     assert tables == (("a, normal", layer_error_table(LAYERS)),)
 
 
-def measurement(times_s: tuple[float, ...]) -> Measurement:
-    return Measurement("eager/torch-cpu/fp32", "cpu", 8, "device", times_s, 1, 12345, 1.0, 40, 248000, None)
+def measurement(times_s: tuple[float, ...], visits: int = 1) -> Measurement:
+    share = len(times_s) // visits
+    stretches = tuple(Visit(process=0, round=i, samples=share, singles=0, window_images=12345, window_s=1.0) for i in range(visits))
+    return Measurement("eager/torch-cpu/fp32", "cpu", 8, "device", times_s, 1, stretches, 40, "precise", 248000, None)
 
 
-def bench_row(times_s: tuple[float, ...]) -> dict[str, str]:
-    table = bench_table(BenchReport((measurement(times_s),), (Failure("other", "no GPU"),), ENVIRONMENT))
+def bench_row(times_s: tuple[float, ...], visits: int = 1, speedup: Speedup | None = None) -> dict[str, str]:
+    found = (measurement(times_s, visits),)
+    table = bench_table(BenchReport(found, (Failure("other", "no GPU"),), ENVIRONMENT, speedups=(speedup,) if speedup else ()))
     assert len(table.rows) == 1
     return dict(zip(table.columns, table.rows[0], strict=True))
 
 
 def test_the_bench_table_shows_dashes_where_there_are_too_few_samples() -> None:
     row = bench_row((0.001,) * 5)
-    assert (row["95 % interval"], row["p90"], row["p99"]) == ("-", "-", "-")
-    assert (row["batch"], row["scope"], row["images/s"], row["samples"], row["warnings"]) == ("8", "device", "12,345", "5", "")
+    assert (row["95 % interval"], row["p90"], row["p99"], row["speed-up"], row["limit"], row["bound"]) == ("-",) * 6
+    assert (row["batch"], row["scope"], row["images/s"], row["warnings"]) == ("8", "device", "12,345", "")
 
 
 def test_the_bench_table_shows_intervals_percentiles_and_warnings_where_there_are_enough() -> None:
-    row = bench_row(tuple(i * 1e-5 for i in range(1, 701)))
+    row = bench_row(tuple(i * 1e-5 for i in range(1, 701)), visits=7)
     assert row["median"] == "3.505 ms"
     assert row["p90"] == "6.301 ms"
     assert row["p99"] == "6.930 ms"
@@ -225,18 +234,75 @@ def test_the_bench_table_shows_intervals_percentiles_and_warnings_where_there_ar
     assert low.endswith(" ms")
     assert float(low.split()[0]) < 3.505 < float(high.split()[0])
     assert "noisy" in row["warnings"]
+    assert "drift" in row["warnings"]
+
+
+def test_the_bench_table_shows_speed_ups_and_the_share_of_the_limit() -> None:
+    name = "eager/torch-cpu/fp32"
+    assert bench_row((1e-3,) * 6, 6, Speedup(name, name, 8, "device", 1.0, (1.0, 1.0), 6))["speed-up"] == "1 (baseline)"
+    assert bench_row((1e-3,) * 6, 6, Speedup(name, "other", 8, "device", 1.5, (1.25, 2.0), 6))["speed-up"] == "1.50 (1.25 - 2.00)"
+    assert bench_row((1e-3,) * 6, 6, Speedup(name, "other", 8, "device", 1.5, None, 2))["speed-up"] == "1.50"
+    limited = dataclasses.replace(measurement((1e-3,)), floors_s={"compute": 2e-4, "memory": 1e-4}, overhead_s=1e-5)
+    row = dict(zip((t := bench_table(BenchReport((limited,), (), ENVIRONMENT))).columns, t.rows[0], strict=True))
+    assert (row["limit"], row["bound"]) == ("20.0%", "compute")
+
+
+def test_the_bench_table_has_a_row_also_where_every_sample_was_flagged() -> None:
+    gone = dataclasses.replace(measurement((1e-3,)), visits=(dataclasses.replace(measurement((1e-3,)).visits[0], flag="throttled"),))
+    row = bench_table(BenchReport((gone,), (), ENVIRONMENT)).rows[0]
+    assert row[3] == "-"
+    assert row[-1] == "all 1 samples were flagged"
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(2.5e-7, "0.2 us"), (4.56e-5, "45.6 us"), (9.994e-4, "999.4 us"), (1e-3, "1.000 ms"), (0.25, "250.000 ms"), (2.0, "2,000.000 ms")],
+    [
+        (2.5e-7, "0.2 us"),
+        (4.56e-5, "45.6 us"),
+        (9.994e-4, "999.4 us"),
+        (1e-3, "1.000 ms"),
+        (0.25, "250.000 ms"),
+        (2.0, "2.00 s"),
+    ],
 )
-def test_times_are_microseconds_below_a_millisecond_and_milliseconds_from_there(seconds: float, shown: str) -> None:
+def test_times_are_in_the_unit_that_fits_them(seconds: float, shown: str) -> None:
     assert bench_row((seconds,))["median"] == shown
 
 
 def test_the_bench_table_joins_its_warnings() -> None:
-    assert bench_row((1.0, 1.0, 2.0, 3.0))["warnings"].startswith("noisy: interquartile range is ")
+    assert bench_row((1.0, 1.0, 2.0, 3.0))["warnings"].startswith("grossly noisy: interquartile range is ")
+
+
+WHOLE = BenchReport(
+    (measurement((1e-3,)),),
+    (Failure("other", "no GPU"),),
+    ENVIRONMENT,
+    options={"slo_s": 0.002},
+    limits=(Limit("cpu", {"fp32": 8e10}, 1.2e10),),
+    machine=(MachineState(0, {}, {}, ("busy",)), MachineState(1, {}, {}, ("busy", "steal"))),
+    cold_starts=(ColdStart("v", 1.5, 0.1, 0.001, 0.01, 1.8, 8, 3 * 2**20),),
+    batches=(BatchChoice("v", "device", 64, 8, "p99"),),
+    partial="interrupted after 1 visits",
+)
+
+
+def test_a_bench_is_followed_by_its_cold_starts_batches_limits_and_what_makes_it_less_than_it_seems() -> None:
+    text = "\n".join(bench_notes(WHOLE))
+    assert "80.0 GFLOP/s" in text
+    assert "best within 2 ms" in text
+    assert "3 MiB" in text
+    assert text.index("partial: interrupted after 1 visits") < text.index("noisy machine: busy") < text.index("noisy machine: steal")
+    assert text.count("busy") == 1
+    assert text.endswith(environment_line(ENVIRONMENT))
+    assert bench_notes(BenchReport((), (), ENVIRONMENT)) == ("", environment_line(ENVIRONMENT))
+
+
+def test_a_bench_in_markdown_has_the_same_and_what_was_skipped() -> None:
+    text = bench_markdown(WHOLE)
+    assert text.startswith("| variant | batch |")
+    for part in ("**Best batch sizes**", "- noisy machine: steal", "- skipped: `other`: no GPU", environment_line(ENVIRONMENT)):
+        assert part in text
+    assert text.endswith("\n")
 
 
 def test_the_doctor_table_says_yes_or_no_and_the_fix() -> None:

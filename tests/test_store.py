@@ -23,17 +23,25 @@ from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile
 from lenet_deploy.records import (
     AccuracyReport,
     AccuracyRow,
+    BatchChoice,
     BenchReport,
+    ColdStart,
     Decisions,
     Environment,
     EpochStats,
     Failure,
     LayerError,
+    Limit,
+    LoadProbe,
+    LoadResult,
+    MachineState,
     Measurement,
     NodePlacement,
     ParityReport,
     ParityResult,
     RuntimeStatus,
+    Speedup,
+    Visit,
 )
 
 ENVIRONMENT = Environment("Linux", "3.11.7", "Some CPU", 2, 2, None, None, {"torch": "2.15.0"}, "0" * 40)
@@ -61,13 +69,41 @@ PARITY = ParityReport(
     {"torch.cudnn.conv": "tf32"},
     ("c",),
 )
+VISITS = tuple(Visit(process=i // 4, round=i % 4, samples=100, singles=0, window_images=800, window_s=0.1) for i in range(7))
+BLOCKS = Visit(process=0, round=0, samples=3, singles=1, window_images=12, window_s=0.1, energy_j=1.5, flag=None)
 BENCH = BenchReport(
-    (
-        Measurement("a", "cpu", 8, "device", tuple(1e-3 + 1e-6 * i for i in range(700)), 1, 800, 0.1, 40, 1234, 97.5, (NODE,)),
-        Measurement("b", "cpu", 1, "e2e", (1e-3, 1e-3, 3e-3), 4, 10, 0.1, 40, 1234, None),
+    measurements=(
+        Measurement(
+            *("a", "cpu", 8, "device", tuple(1e-3 + 1e-6 * (i % 100) for i in range(700)), 1, VISITS, 40, "precise", 1234, 97.5),
+            overhead_s=1e-4,
+            floors_s={"compute": 1e-4, "memory": 1e-5},
+            node_providers=(NODE,),
+        ),
+        Measurement(
+            *("b", "cuda:0", 1, "e2e", (1e-3, 1e-3, 3e-3), 4, (BLOCKS,), 40, "rounds", 1234, None),
+            single_times_s=(2e-3,),
+            gpu_times_s=(1e-4,),
+            enqueue_times_s=(1e-5,),
+            h2d_times_s=(1e-6,),
+            d2h_times_s=(2e-6,),
+        ),
     ),
-    (Failure("c", "no GPU"),),
-    ENVIRONMENT,
+    skipped=(Failure("c", "no GPU"),),
+    environment=ENVIRONMENT,
+    options={"profile": "quick", "threads": None},
+    limits=(Limit("cpu", {"fp32": 1e11}, 1e10, None, {"262144": 2e10}),),
+    machine=(MachineState(0, {"load1": 0.5}, {}, ("steal",)),),
+    cold_starts=(ColdStart("a", 1.0, 0.1, 0.01, 0.02, 1.2, 8, 500_000_000),),
+    speedups=(Speedup("a", "a", 8, "device", 1.0, (1.0, 1.0), 7), Speedup("b", "a", 8, "device", 2.0, None, 1)),
+    batches=(BatchChoice("a", "device", 8, None, "median"),),
+    loads=(
+        LoadResult(
+            *("a", "cpu", "server", False, "qps", 1000.0, 50, {"p99": 0.01, "p99.9": None}, {"duration_s": 1.0}, {"Result is": "INVALID"}),
+            reasons=("too few",),
+            probes=(LoadProbe(500.0, True, 0.01, 700),),
+        ),
+    ),
+    partial="interrupted",
 )
 STATUSES = (RuntimeStatus("eager-cpu", True, "2 threads"), RuntimeStatus("eager-cuda", False, "no GPU", "get one"))
 ROWS = (AccuracyRow("a", 15, 148),)
@@ -195,13 +231,58 @@ def test_bench_has_the_documented_keys_and_the_raw_times() -> None:
     assert all(measurement.keys() >= MEASUREMENT_KEYS for measurement in found["measurements"])
     single, blocks = found["measurements"]
     assert tuple(single["times_s"]) == BENCH.measurements[0].times_s
-    assert single["median_s"] == pytest.approx(1e-3 + 1e-6 * 349.5)
-    assert single["ci95_s"][0] < single["median_s"] < single["ci95_s"][1]
+    assert single["median_s"] == pytest.approx(1e-3 + 1e-6 * 49.5)
+    assert (single["limit_fraction"], single["bound"]) == (pytest.approx(1e-4 / 1.0495e-3), "compute")
+    assert single["ci95_s"][0] <= single["median_s"] <= single["ci95_s"][1]
+    assert single["missing"] == {"p99.9_s": "700 launches were timed alone, 6636 are needed"}
     assert single["p90_s"] < single["p99_s"]
     assert (single["throughput_ips"], single["accuracy"], single["warnings"]) == (8000.0, 97.5, list(BENCH.measurements[0].warnings))
     assert (blocks["ci95_s"], blocks["p90_s"], blocks["p99_s"], blocks["accuracy"]) == (None, None, None, None)
     assert len(blocks["warnings"]) == 1
     assert found["skipped"] == [{"variant": "c", "reason": "no GPU"}]
+    assert found["partial"] == "interrupted"
+
+
+def test_a_bench_comes_back_from_its_json(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(store.bench_json(BENCH))
+    assert store.read_bench(path) == BENCH
+
+
+def test_a_bench_of_version_1_still_loads() -> None:
+    found = store.read_bench(Path(__file__).parent / "data" / "bench-1.json")
+    assert found.measurements
+    for each in found.measurements:
+        assert len(each.visits) == 1
+        assert each.throughput_ips > 0
+        assert each.ci95_s is None, "one visit has no interval"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"times_s": [', '"times_s": [0.5, '),
+        ('"measurements"', '"measured"'),
+        ('"launches_per_block"', '"launches"'),
+        ('"cpu": "Some CPU"', '"processor": "Some CPU"'),
+        ('"ci95": [', '"ci96": ['),
+    ],
+)
+def test_a_bench_that_is_not_what_it_says_is_damaged(old: str, new: str, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    text = store.bench_json(BENCH)
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(DamagedFile, match=r"bench\.json: not what bench wrote"):
+        store.read_bench(path)
+
+
+def test_a_measurement_of_flagged_samples_alone_has_no_statistics() -> None:
+    flagged = dataclasses.replace(BLOCKS, flag="throttled")
+    report = dataclasses.replace(BENCH, measurements=(dataclasses.replace(BENCH.measurements[1], visits=(flagged,)),))
+    (row,) = json.loads(store.bench_json(report))["measurements"]
+    assert (row["median_s"], row["ci95_s"], row["throughput_ips"], row["limit_fraction"], row["flagged"]) == (None, None, None, None, 3)
+    assert row["times_s"] == [1e-3, 1e-3, 3e-3]
 
 
 def test_doctor_has_the_documented_keys() -> None:

@@ -11,8 +11,8 @@ from lenet_deploy.errors import BadInput
 from lenet_deploy.order_statistics import median
 from lenet_deploy.records import BenchReport, Comparison, ComparisonReport, Measurement
 
-# Ten times what processes of one bundle were measured to differ by on a machine at rest, 0.3 %, and little enough for a change of 5 % to be
-# found with three processes of eight visits.
+# Ten times what processes of one bundle were measured to differ by at batch 1, and little enough for a change of 5 % to be found with three
+# processes of eight visits.
 THRESHOLD_PERCENT = 3.0
 
 # Fields of an environment that decide a time. Of `os` only the first word does, since kernels are updated under a machine that stays the

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lenet_deploy.bench.plan import Plan
-from lenet_deploy.errors import BadInput, Unusable
+from lenet_deploy.errors import BadInput, DamagedFile, LenetDeployError, Unusable
 from lenet_deploy.records import ColdStart, Environment, Limit, MachineState, NodePlacement, Visit
 
 # -P: a file in the current folder that happens to be called torch.py is not imported.
 COMMAND = (sys.executable, "-P", "-m", "lenet_deploy.bench.worker")
+
+# The errors of a worker by number, the most special first.
+KINDS = (DamagedFile, BadInput, Unusable, LenetDeployError)
 
 Key = tuple[str, int, str]  # variant, batch size, scope
 Progress = Callable[[int, int, str], None]
@@ -91,7 +94,7 @@ class Gathered:
             case "stop":
                 self._times(event).stop = values["reason"]
             case "error":
-                raise (BadInput if values["kind"] == "BadInput" else Unusable)(values["message"])
+                raise KINDS[values["kind"]](values["message"])
 
     def _times(self, event: Mapping[str, Any]) -> Times:
         return self.times.setdefault((event["variant"], event["batch_size"], event["scope"]), Times())

@@ -60,14 +60,14 @@ def load_test(
     find_scenario(scenario)
     load_binding()
     opened = opened_bundle(bundle)
-    selected = chosen_variants(opened, variants, find_profile(profile), device)
+    selected = chosen_variants(opened, variants, find_profile(profile), device, threads, ort_options)
     spec = opened.metadata.preprocessing
     images = bench_images(IMAGES, spec)
     given = {"duration_s": duration_s, "latency_bound_s": latency_bound_s, "batch_size": batch_size}
     asked = {name: value for name, value in given.items() if value is not None}
 
     def one(source: Source, variant: Variant) -> LoadResult:
-        with open_session(source, variant, device, ort_options) as session:
+        with open_session(source, variant, device) as session:
             return run_scenario(session, images, spec, scenario, variant=variant.name, progress=progress, **asked)  # type: ignore[arg-type]
 
     with computing(device, allow_tf32, threads):
@@ -104,12 +104,12 @@ def trace(
     from lenet_deploy.bench.trace import trace as trace_one
 
     opened = opened_bundle(bundle)
-    selected = chosen_variants(opened, variants, find_profile(profile), device)
+    selected = chosen_variants(opened, variants, find_profile(profile), device, threads, ort_options)
     sizes, spec = sizes_of(batch_sizes or (1,)), opened.metadata.preprocessing
     done = iter(range(1, 1 + len(selected) * len(sizes)))
 
     def one(source: Source, variant: Variant) -> tuple[TraceReport, ...]:
-        return tuple(traced(source, variant.with_ort(ort_options or {})))
+        return tuple(traced(source, variant))
 
     def traced(source: Source, variant: Variant) -> Iterator[TraceReport]:
         data, where = source.read(variant), device_of(variant, device)

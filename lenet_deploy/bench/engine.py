@@ -30,6 +30,7 @@ Send = Callable[[dict[str, Any]], None]
 
 REVISIT_LAUNCHES = 5  # before the times of a later visit: caches and thread pools were another case's
 SINGLES_SHARE = 0.25  # of a visit is spent on launches timed alone, where blocks are longer
+BURSTS = 10  # in a window on a GPU, at least; two of them are in the queue at any time
 DETAIL_LAUNCHES = 20  # of each visit on a GPU are taken apart: enqueue, the GPU's own time, copies
 
 SWEEP_GAIN = 0.05  # Triton Model Navigator stops doubling the batch below this gain in throughput
@@ -87,14 +88,13 @@ class Bench:
     """What all cases of a process share.
 
     Attributes:
-        settle_s: wait between two cases: idle threads of a runtime may spin for a while after its last launch.
+        overhead_s: of a reading of the clock.
     """
 
     plan: Plan
     send: Send
     watch: Watch
     overhead_s: float
-    settle_s: float
     clock: Clock = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
 
@@ -102,6 +102,7 @@ class Bench:
         """Rounds until every case has stopped or the time is over; the first `plan.rounds` are complete unless it is over in them."""
         shuffle = random.Random(f"{self.plan.seed}/{process}")  # an order, not a secret
         end = self.clock() + self.plan.limit_s / self.plan.processes
+        last: Session | None = None
         for number in itertools.count():
             due = [case for case in cases if not case.stopped]
             if not due:
@@ -110,7 +111,8 @@ class Bench:
                 if number and not self.plan.fixed and self.clock() >= end:
                     self._stop(case, "time limit")
                     continue
-                self.visit(case, number)
+                self.visit(case, number, last)
+                last = case.session
                 if number + 1 >= self.plan.rounds:
                     reason = "rounds" if self.plan.fixed else stop_reason(case.visits, case.seconds)
                     if reason:
@@ -120,9 +122,9 @@ class Bench:
         case.stopped = True
         self.send({"event": "stop", **case.key, "reason": reason})
 
-    def visit(self, case: Case, number: int) -> None:
-        """Measure one visit of one case and send its raw times."""
-        work = self._bound(case)
+    def visit(self, case: Case, number: int, last: Session | None = None) -> None:
+        """Measure one visit of one case, after one of the session `last`, and send its raw times."""
+        work = self._bound(case, last)
         if case.calibration is None:
             case.calibration = self._calibrated(case, work)
             sent = {"launches_per_block": case.calibration.launches_per_block, "warmup_launches": case.calibration.warmup_launches}
@@ -131,7 +133,7 @@ class Bench:
             for _ in range(REVISIT_LAUNCHES):
                 work.launch()
         launches = case.calibration.launches_per_block
-        times, window = self._timed(work, launches)
+        times, window = self._timed(work, launches, case.stream)
         flag = self.watch.throttled() if case.stream else None  # a GPU that idles meanwhile clocks down
         singles = [] if launches == 1 else time_blocks(work.launch, 1, SINGLES_SHARE * self.plan.visit_s, self.clock)
         details = self._details(work, case.stream) if case.stream else {}
@@ -159,32 +161,37 @@ class Bench:
         launches = known.get((case.variant, len(case.images), case.scope), found.launches_per_block)
         return dataclasses.replace(found, launches_per_block=launches)
 
-    def _bound(self, case: Case) -> Work:
+    def _bound(self, case: Case, last: Session | None = None) -> Work:
+        if last is not None and last is not case.session:
+            self.sleep(last.settle_s)
         try:
             work = bind(case.session, case.images, case.scope, case.preprocessing, case.stream)
-            self.sleep(self.settle_s)
             work.launch()
         except Exception as error:  # whatever a runtime raises for a graph that does not take this batch
             batch = len(case.images)
             raise DamagedFile(f"{case.variant} does not run at batch {batch}: {first_line(error)}; see parity") from None
         return work
 
-    def _timed(self, work: Work, launches: int) -> tuple[list[float], Window]:
+    def _timed(self, work: Work, launches: int, stream: Stream | None) -> tuple[list[float], Window]:
         """Seconds per launch by block, and the window that throughput comes from.
 
         On the CPU both are the same launches. On CUDA these are two stretches: launches each waited for, and launches of which only the
         last is.
         """
         times = time_blocks(work.launch, launches, self.plan.visit_s, self.clock)
-        if work.finish is None:
+        if stream is None:
             return times, Window(len(times) * launches, sum(times) * launches, None)
-        burst = max(1, int(self.plan.visit_s / 10 / median(times)))
-        count, before, start = 0, self.watch.energy_j(), self.clock()
+        burst = max(1, int(self.plan.visit_s / BURSTS / median(times)))
+        before, start = self.watch.energy_j(), self.clock()
+        count, mark = 0, stream.event()
         while count == 0 or self.clock() - start < self.plan.visit_s:
             for _ in range(burst):
                 work.start()
             count += burst
-        work.finish()
+            # Wait for the burst before this one: the GPU always has the next one at hand, and the host does not run away from it.
+            mark, previous = stream.event(), mark
+            previous.synchronize()
+        stream.synchronise()
         seconds, after = self.clock() - start, self.watch.energy_j()
         return times, Window(count, seconds, None if before is None or after is None else after - before)
 
@@ -215,7 +222,7 @@ class Bench:
             launches = calibrate(work.launch, self.plan.warmup_s, self.overhead_s, self.clock).launches_per_block
             found = 0.0
             for _ in range(SWEEP_TRIES):
-                _, window = self._timed(work, launches)
+                _, window = self._timed(work, launches, case.stream)
                 found = max(found, window.launches * size / window.seconds)
             sizes.append(size)
             if found < best * (1 + SWEEP_GAIN):

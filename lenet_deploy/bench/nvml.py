@@ -78,12 +78,12 @@ class NvmlDevice:
 @contextlib.contextmanager
 def opened(devices: Iterable[torch.device]) -> Iterator[Device | None]:
     """The GPU behind the first CUDA device, whatever CUDA_VISIBLE_DEVICES renumbers; None without one, or where NVML does not work."""
-    device = next((device for device in devices if device.type == "cuda"), None)
-    if device is None:
-        yield None
-        return
     import torch
 
+    device = next((device for device in devices if device.type == "cuda"), None)
+    if device is None or not torch.cuda.is_available():
+        yield None
+        return
     with opened_by_uuid(str(torch.cuda.get_device_properties(device).uuid)) as found:
         yield found
 

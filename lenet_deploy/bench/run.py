@@ -15,6 +15,7 @@ from lenet_deploy.bench.results import batch_choices, measurements
 from lenet_deploy.errors import BadInput, UnknownName, Unusable
 from lenet_deploy.records import BenchReport, Failure, Measurement, Speedup
 from lenet_deploy.sources import artifact_of, bundle_variants, on_device
+from lenet_deploy.variants import with_ort_options
 
 if TYPE_CHECKING:
     from lenet_deploy.bundle import Bundle
@@ -37,6 +38,7 @@ def benchmark(
     scopes: Sequence[str] = SCOPES,
     rounds: int | None = None,
     processes: int | None = None,
+    limit_s: float | None = None,
     profile: str = "quick",
     baseline: str | None = None,
     cold_start: bool | None = None,
@@ -59,6 +61,7 @@ def benchmark(
         scopes: `device`, `e2e` or both.
         rounds: times every case is visited in each process; as the profile and its stop rule say when None.
         processes: fresh worker processes; the profile's when None.
+        limit_s: seconds of all processes together after which no further round begins; the profile's when None.
         profile: `quick` or `full`.
         baseline: variant that speed-ups are relative to; the first of each device when None.
         cold_start: time each variant's first answer in a process of its own; as the profile says when None.
@@ -78,7 +81,9 @@ def benchmark(
         raise BadInput("a sweep finds the batch sizes itself; give either sizes or auto")
     if slo_s is not None and not 0 < slo_s < math.inf:
         raise BadInput(f"the latency budget is {slo_s * 1e3:g} ms; it must be a number above 0")
-    selected = chosen_variants(opened, variants, chosen, device)
+    if limit_s is not None and not 0 < limit_s < math.inf:
+        raise BadInput(f"the time limit is {limit_s:g} s; it must be a number above 0")
+    selected = chosen_variants(opened, variants, chosen, device, threads, ort_options)
     names = tuple(variant.name for variant in selected)
     if baseline is not None and baseline not in names:
         raise UnknownName("baseline", baseline, names)
@@ -94,9 +99,9 @@ def benchmark(
         fixed=rounds is not None,
         visit_s=chosen.visit_s,
         warmup_s=chosen.warmup_s,
-        limit_s=chosen.limit_s,
+        limit_s=limit_s or chosen.limit_s,
         seed=seed,
-        threads=_positive("threads", threads),
+        threads=threads,
         allow_tf32=allow_tf32,
         ort=dict(ort_options or {}),
     )
@@ -134,12 +139,27 @@ def opened_bundle(bundle: str | Path | Bundle) -> Bundle:
     return open_bundle(Path(bundle)) if isinstance(bundle, (str, Path)) else bundle
 
 
-def chosen_variants(bundle: Bundle, globs: Iterable[str] | None, profile: Profile, device: str) -> tuple[Variant, ...]:
-    """What to measure: what `globs` match, or what the profile covers when None; raises BadInput."""
+def chosen_variants(
+    bundle: Bundle,
+    globs: Iterable[str] | None,
+    profile: Profile,
+    device: str,
+    threads: int | None = None,
+    ort_options: Mapping[str, str] | None = None,
+) -> tuple[Variant, ...]:
+    """What to measure: what `globs` match, or what the profile covers when None; with ONNX Runtime's options.
+
+    Raises:
+        BadInput: none is of that device, options that none of them has, or a number of threads that none can have.
+    """
+    if threads is not None:
+        from lenet_deploy.devices import check_threads
+
+        check_threads(threads)
     selected = bundle_variants(bundle, globs or ("*",))
     if globs is None and profile.core_only:
         selected = tuple(variant for variant in selected if variant.core)
-    return on_device(selected, device)
+    return with_ort_options(on_device(selected, device), ort_options or {})
 
 
 def _scopes(scopes: Sequence[str]) -> tuple[str, ...]:

@@ -32,6 +32,9 @@ class Event(Protocol):
     def elapsed_time(self, end: Any, /) -> float:
         """Milliseconds of the GPU's own clock from this event to another, both of which it has passed."""
 
+    def synchronize(self) -> None:
+        """Wait until the GPU has passed it."""
+
 
 @dataclass(frozen=True)
 class Work:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenet_deploy import environment
-from lenet_deploy.errors import BadInput, LenetDeployError, Unusable
+from lenet_deploy.bench.coordinator import KINDS
+from lenet_deploy.errors import LenetDeployError, Unusable
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from lenet_deploy.bench.plan import Plan
 
 COLD_LIMIT_S = 2.0  # for a cold variant to become steady
-SETTLE_S = 0.06  # idle threads of ONNX Runtime spin for up to 50 ms after its last launch and would take a core from the next case
 
 
 def measure(plan: Plan, process: int, send: Send) -> None:
@@ -68,7 +68,7 @@ def measure(plan: Plan, process: int, send: Send) -> None:
         send({"event": "environment", **dataclasses.asdict(environment.capture())})
         if not sessions:
             return
-        bench = Bench(plan, send, watch, timer_overhead_s(), SETTLE_S)
+        bench = Bench(plan, send, watch, timer_overhead_s())
 
         def case(name: str, size: int, scope: str) -> Case:
             session = sessions[name]
@@ -176,7 +176,8 @@ def main() -> None:
             else:
                 measure(plan, request["process"], send)
         except LenetDeployError as error:
-            send({"event": "error", "kind": "BadInput" if isinstance(error, BadInput) else "Unusable", "message": str(error)})
+            kind = next(kind for kind in KINDS if isinstance(error, kind))
+            send({"event": "error", "kind": KINDS.index(kind), "message": str(error)})
         else:
             send({"event": "done"})
 

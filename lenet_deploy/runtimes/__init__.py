@@ -68,6 +68,10 @@ class Session(Protocol):
     def node_providers(self) -> tuple[NodePlacement, ...]:
         """The execution provider of each node; empty where the runtime has only one."""
 
+    @property
+    def settle_s(self) -> float:
+        """Seconds for which its idle threads may keep cores busy after its last launch."""
+
     def bind(self, batch_size: int) -> torch.Tensor:
         """Return the input buffer for `batch_size` images: float32 (batch_size, C, H, W) on `device`.
 

@@ -43,6 +43,7 @@ class ModuleSession:
     """A callable torch module as a Session (see `lenet_deploy.runtimes`)."""
 
     node_providers: tuple[NodePlacement, ...] = ()
+    settle_s = 0.0
 
     def __init__(self, module: Module, input_shape: tuple[int, int, int], device: torch.device, options: SessionOptions = PLAIN) -> None:
         self.device = device

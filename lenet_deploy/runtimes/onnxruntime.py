@@ -43,6 +43,8 @@ class OrtSession:
     bound. So the id is the batch size, whose buffers are kept. Before microsoft/onnxruntime#28686 a replay waits for the GPU.
     """
 
+    settle_s = 0.06  # its threads spin for up to 50 ms
+
     def __init__(self, session: Any, input_shape: tuple[int, int, int], device: torch.device, options: SessionOptions = PLAIN) -> None:
         self.device = device
         self.node_providers = _placement(session)
@@ -62,10 +64,9 @@ class OrtSession:
         return self._bound.input
 
     def launch(self) -> torch.Tensor:
-        bound = self._bound
-        assert bound is not None, "bind comes before launch"
-        self._session.run_with_iobinding(bound.binding, bound.run_options)
-        return bound.output
+        assert self._bound is not None, "bind comes before launch"
+        self._session.run_with_iobinding(self._bound.binding, self._bound.run_options)
+        return self._bound.output
 
     def _new(self, batch_size: int) -> _Bound:
         import onnxruntime
@@ -281,9 +282,7 @@ def open_profiled(
         session was opened. Call it once, after the last launch.
 
     Raises:
-        BadInput: as `open_session`.
-        Unusable: as `open_session`.
-        DamagedFile: as `open_session`.
+        BadInput, Unusable, DamagedFile: as `open_session`.
     """
     options.check(device, "cuda_graph", "ort")
     target = parse_device(device)

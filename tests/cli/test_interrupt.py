@@ -142,7 +142,7 @@ def test_an_export_interrupted_at_any_moment_publishes_nothing_or_everything(tmp
     assert done.stderr == ""
 
 
-def test_an_interrupted_bench_writes_nothing(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_interrupted_bench_keeps_what_was_measured_and_says_that_it_is_partial(bundle: Bundle, tmp_path: Path) -> None:
     terminal, theirs = pty.openpty()  # the progress bar, which appears only on a terminal, tells when it is at work
     arguments = ("--rounds", "100000", "--batch", "1", "--device", "cpu", "--json", "bench.json", "--markdown", "bench.md")
     with started(tmp_path, "bench", bundle.path, *arguments, stderr=theirs) as process:
@@ -151,14 +151,31 @@ def test_an_interrupted_bench_writes_nothing(bundle: Bundle, tmp_path: Path) -> 
         while b"torch-cpu" not in shown:
             shown += os.read(terminal, 65536)
         process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        table = process.stdout.read()
         rest = read_to_end(terminal)
         process.wait(timeout=PATIENCE_S)
-        assert process.stdout is not None
-        assert process.stdout.read() == ""
     os.close(terminal)
     assert process.returncode == 130
-    assert b"interrupted" in rest
+    assert b"partial: interrupted after " in rest
     assert b"Traceback" not in shown + rest
+    document = json.loads((tmp_path / "bench.json").read_text())
+    assert document["partial"].startswith("interrupted after ")
+    assert document["measurements"]
+    assert {each["stop"] for each in document["measurements"]} == {"interrupted"}
+    assert "partial: interrupted after " in table
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
+
+
+def test_a_bench_interrupted_before_its_first_visit_writes_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    with started(tmp_path, "bench", bundle.path, "--batch", "1", "--device", "cpu", "--json", "bench.json") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_for(lambda: children.read_text().split(), process)  # the worker is being started
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out) == (130, "")
+    assert len(said(err)) == 1
+    assert "interrupted" in said(err)[0]
     assert list(tmp_path.iterdir()) == []
 
 
