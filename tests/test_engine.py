@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from lenet_deploy.bench.engine import DETAIL_LAUNCHES, REVISIT_LAUNCHES, Bench, Case
 from lenet_deploy.bench.plan import SCOPES, Plan
 from lenet_deploy.bench.scopes import Work, bind
-from lenet_deploy.bench.timing import MAX_WARMUP_LAUNCHES
+from lenet_deploy.bench.timing import MAX_WARMUP_LAUNCHES, timer_overhead_s
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise
@@ -178,7 +180,7 @@ def test_times_are_those_of_launches_and_none_is_of_the_warm_up() -> None:
     sent = run([case(world, 2)], world)
     told = next(event for event in sent if event["event"] == "case")
     assert told["launches_per_block"] == 1
-    assert all(time == pytest.approx(0.01) for event in visits(sent) for time in event["times_s"])
+    assert all(each == pytest.approx(0.01) for event in visits(sent) for each in event["times_s"])
     timed = sum(len(event["times_s"]) for event in visits(sent))
     first = PLAN.rounds  # each visit begins with one launch that shows whether the batch runs
     assert world.launches == first + told["warmup_launches"] + REVISIT_LAUNCHES * (PLAN.rounds - 1) + timed
@@ -316,6 +318,42 @@ def test_a_batch_that_does_not_run_is_named() -> None:
 
     with pytest.raises(DamagedFile, match=r"^v does not run at batch 5: Got invalid dimensions for input; see parity$"):
         run([case(World(), 5, session=Broken(World()))], World())
+
+
+class Spinning(FakeSession):
+    """Keeps a core busy for a while and records for how long: the real clock, and a cost that is known."""
+
+    def __init__(self, costs_s: Iterator[float]) -> None:
+        super().__init__(World())
+        self.costs_s, self.recorded = costs_s, list[float]()
+
+    def launch(self) -> torch.Tensor:
+        start = time.perf_counter()
+        end = start + next(self.costs_s)
+        while time.perf_counter() < end:
+            pass
+        self.recorded.append(time.perf_counter() - start)
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize("costs_s", [(2e-4,), (1.5e-4, 3e-4, 1.5e-4), (2e-4, 2e-4, 2e-4, 2e-3)], ids=["steady", "two modes", "heavy tail"])
+def test_the_engine_reports_what_a_session_of_known_cost_recorded(costs_s: tuple[float, ...]) -> None:
+    session = Spinning(itertools.cycle(costs_s))
+    recorded: list[float] = []
+    sent: list[dict[str, Any]] = []
+
+    def send(event: dict[str, Any]) -> None:
+        sent.append(event)
+        if event["event"] == "visit":
+            recorded.extend(session.recorded[-len(event["times_s"]) :])
+
+    plan = dataclasses.replace(PLAN, visit_s=0.05, warmup_s=0.5)
+    Bench(plan, send, Quiet(), timer_overhead_s()).run([case(World(), session=session)], 0)
+    assert {event["launches_per_block"] for event in sent if event["event"] == "case"} == {1}
+    reported = [each for event in visits(sent) for each in event["times_s"]]
+    assert len(reported) == len(recorded)
+    assert statistics.median(reported) == pytest.approx(statistics.median(recorded), rel=0.01)
+    assert max(reported) == pytest.approx(max(recorded), rel=0.05), "the tail is kept"
 
 
 # The scopes, on real sessions.
