@@ -134,14 +134,14 @@ def test_mcnemar_of_a_published_table() -> None:
 
 
 @pytest.mark.parametrize(("percent", "needed"), MIN_SAMPLES.items())
-def test_a_percentile_needs_its_number_of_samples(percent: int, needed: int) -> None:
+def test_a_percentile_needs_its_number_of_samples(percent: float, needed: int) -> None:
     values = [float(i) for i in range(needed)]
     assert percentile(values[1:], percent) is None
     assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)))
 
 
 def test_the_thresholds_are_loadgens() -> None:
-    assert MIN_SAMPLES == {90: 64, 99: 662}
+    assert MIN_SAMPLES == {90: 64, 95: 130, 99: 662, 99.9: 6636}
 
 
 def test_relative_iqr_is_zero_for_equal_samples_and_scale_free() -> None:

@@ -231,8 +231,7 @@ def test_the_bench_table_shows_intervals_percentiles_and_warnings_where_there_ar
     assert row["p90"] == "6.301 ms"
     assert row["p99"] == "6.930 ms"
     low, high = row["95 % interval"].split(" - ")
-    assert low.endswith(" ms")
-    assert float(low.split()[0]) < 3.505 < float(high.split()[0])
+    assert (low, high) == ("505.0 us", "6.505 ms"), "the visits' medians reach that far"
     assert "noisy" in row["warnings"]
     assert "drift" in row["warnings"]
 

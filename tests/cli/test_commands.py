@@ -67,7 +67,7 @@ def lenet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 def stored(path: Path, kind: str) -> dict[str, Any]:
     """A JSON file that the command wrote."""
     document: dict[str, Any] = json.loads(path.read_text())
-    assert next(iter(document.items())) == ("schema", f"lenet-deploy/{kind}/1")
+    assert next(iter(document.items())) == ("schema", f"lenet-deploy/{kind}/{2 if kind == 'bench' else 1}")
     assert document["environment"]["python"]
     return document
 
@@ -292,7 +292,7 @@ def test_a_mismatch_is_code_1_and_every_file_says_where(lenet: Run, spoilt: Bund
 @pytest.mark.skipif(torch.cuda.is_available(), reason="skips variants for want of a GPU, and there is one")
 def test_variants_that_cannot_run_here_are_listed_as_skipped_with_the_reason(lenet: Run, bundle: Bundle) -> None:
     parity = lenet("parity", bundle.path, "--batch", "1", "--variants", "eager/*,*cuda*", "--json", "-")
-    bench = lenet("bench", bundle.path, "--batch", "1", "--scope", "device", "--rounds", "1", "--json", "-")
+    bench = lenet("bench", bundle.path, "--variants", "*", "--batch", "1", "--scope", "device", "--rounds", "1", "--json", "-")
     evaluate = lenet("evaluate", bundle.path, "--json", "-")
     skipped = [result for result in parity.document["results"] if result["status"] == "skipped"]
     on_cuda = {variant.name for variant in VARIANTS if variant.device == "cuda"}
@@ -325,7 +325,7 @@ BENCH_KEYS = {
 
 
 def test_bench_measures_what_was_asked_for_and_keeps_the_raw_times(lenet: Run, bundle: Bundle, tmp_path: Path) -> None:
-    arguments = ("--variants", "eager/*,onnx/ort-cpu/fp32", "--batch", "1,2", "--scope", "device,e2e", "--rounds", "1", "--device", "cpu")
+    arguments = ("--variants", "eager/torch-cpu/fp32,onnx/ort-cpu/fp32", "--batch", "1,2", "--scope", "device,e2e", "--rounds", "1", "--device", "cpu")
     done = lenet("bench", bundle.path, *arguments, "--json", "bench.json", "--markdown", "bench.md")
     assert (done.code, done.err) == (0, "")
     document = stored(tmp_path / "bench.json", "bench")
