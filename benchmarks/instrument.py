@@ -44,7 +44,8 @@ from lenet_deploy.report.tables import environment_line
 from lenet_deploy.sources import artifact_of, bundle_source, bundle_variants, computing, open_session
 
 GREY = Preprocessing(1, 4, 0, (0.0,), (1.0,))
-TURNS = 7  # of the engine and of a peer, one after the other
+LARGE = 64  # a batch at which the 10 us of a call from Python, which peers that time inside their library leave out, are below 1 %
+TURNS, SLOW_TURNS = 9, 5  # of the engine and of a peer, one after the other; where the peer is a process of its own
 
 
 class Known:
@@ -92,7 +93,7 @@ def costs() -> dict[str, Callable[[int], None]]:
         "heavy tail, from 100 us": lambda number: spin(100e-6 * draw.paretovariate(3)),
         "two modes, 150 and 220 us": lambda number: spin(150e-6 if draw.random() < 0.6 else 220e-6),
         "drift, from 150 us upwards": lambda number: spin(150e-6 * (1 + number / 8000)),
-        "slow first 60 launches, 5 ms, then 150 us": lambda number: spin(5e-3 if number < 60 else 150e-6),
+        "slow first 30 launches, from 3 ms down to 150 us": lambda number: spin(max(150e-6, 3e-3 * (1 - number / 30))),
     }
 
 
@@ -159,20 +160,34 @@ def overhead_ns() -> float:
     return measurement(sent).median_s * 1e9
 
 
-def by_engine(launch: Callable[[], object], visit_s: float) -> float:
-    """Median seconds of a visit, warmed up, by the engine's own calibration and blocks."""
+def turns(ours: Callable[[], float], theirs: Callable[[], float], count: int) -> tuple[list[float], list[float]]:
+    """One after the other, so that both share what the machine does; the order changes from turn to turn."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for turn in range(count):
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            found[which].append((ours, theirs)[which]())
+    return found
+
+
+def by_engine(launch: Callable[[], object], visit_s: float, launches: int = 1, block_s: float = 0.0) -> float:
+    """Median seconds of a visit, warmed up, by the engine's own calibration and blocks.
+
+    Args:
+        launches, block_s: of the peer's blocks: the median of their means is above that of single launches, whose distribution has a tail.
+    """
     from lenet_deploy.bench.timing import calibrate, time_blocks
 
     found = calibrate(launch, 1.0, timer_overhead_s())
-    return median(time_blocks(launch, found.launches_per_block, visit_s))
+    return median(time_blocks(launch, max(found.launches_per_block, launches, round(block_s / found.launch_s)), visit_s))
 
 
-def by_torch(launch: Callable[[], object], visit_s: float) -> float:
-    """The same by torch.utils.benchmark."""
+def beside_torch(launch: Callable[[], object], visit_s: float) -> tuple[list[float], list[float]]:
+    """The engine and torch.utils.benchmark on one launch, with its blocks."""
     from torch.utils.benchmark import Timer
 
     timer = Timer("launch()", globals={"launch": launch}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=visit_s).median)
+    block = timer.blocked_autorange(min_run_time=visit_s).number_per_run
+    return turns(lambda: by_engine(launch, visit_s, block), lambda: timer.blocked_autorange(min_run_time=visit_s).median, TURNS)
 
 
 PYPERF_SETUP = """
@@ -182,7 +197,8 @@ from lenet_deploy.bundle import open_bundle
 from lenet_deploy.sources import bundle_source, bundle_variants, computing, open_session
 from pathlib import Path
 bundle = open_bundle(Path({path!r}))
-computing("cpu", threads={threads}).__enter__()
+state = computing("cpu", threads={threads})
+state.__enter__()
 held = open_session(bundle_source(bundle), bundle_variants(bundle, ({variant!r},))[0], "cpu")
 spec = bundle.metadata.preprocessing
 launch = bind(held.__enter__(), bench_images(1, spec), "device", spec, None).launch
@@ -213,8 +229,8 @@ class OpenVino:
 
         core = openvino.Core()
         model = core.read_model(path)
-        model.reshape([1, *shape])
-        self.request = core.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
+        model.reshape([LARGE, *shape])
+        self.request = core.compile_model(model, "CPU", {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 1}).create_infer_request()
         self.shape = shape
 
     def bind(self, batch_size: int) -> torch.Tensor:
@@ -231,18 +247,12 @@ class OpenVino:
 
 def by_benchmark_app(path: Path, shape: tuple[int, int, int], visit_s: float) -> float:
     """The median latency that OpenVINO's own benchmark_app prints, one request after the other."""
-    sizes = ",".join(map(str, (1, *shape)))
-    options = ["-m", str(path), "-d", "CPU", "-api", "sync", "-hint", "latency", "-shape", f"[{sizes}]", "-t", str(math.ceil(visit_s))]
-    with tempfile.TemporaryDirectory() as folder:
-        report = ["-report_type", "no_counters", "-report_folder", folder, "-json_stats"]
-        command = [sys.executable, "-m", "openvino.tools.benchmark.main", *options, *report]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        stats = Path(folder) / "benchmark_report.json"
-        if stats.exists():
-            found = json.loads(stats.read_text())["execution_results"].get("latency_median")
-            if found:
-                return float(found) / 1e3
-    return float(re.findall(r"Median:\s+([\d.]+) ms", done.stdout)[-1]) / 1e3
+    sizes = ",".join(map(str, (LARGE, *shape)))
+    options = f"-d CPU -api sync -hint none -nstreams 1 -nthreads 1 -shape [{sizes}] -t {math.ceil(visit_s)}".split()
+    command = [sys.executable, "-c", "from openvino.tools.benchmark.main import main; main()", "-m", str(path), *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    value, unit = re.findall(r"Median:\s+([\d.]+) (us|ms)", done.stdout)[-1]
+    return float(value) * {"us": 1e-6, "ms": 1e-3}[unit]
 
 
 def by_ort_profile(data: bytes, shape: tuple[int, int, int], launches: int) -> tuple[float, float]:
@@ -250,7 +260,7 @@ def by_ort_profile(data: bytes, shape: tuple[int, int, int], launches: int) -> t
     from lenet_deploy.runtimes.onnxruntime import open_profiled
 
     with open_profiled(data, shape, "cpu") as (session, collect):
-        images = bench_images(64, Preprocessing(shape[0], shape[1], 0, (0.0,), (1.0,)))
+        images = bench_images(LARGE, Preprocessing(shape[0], shape[1], 0, (0.0,), (1.0,)))
         work = bind(session, images, "device", Preprocessing(shape[0], shape[1], 0, (0.0,), (1.0,)), None)
         from lenet_deploy.bench.timing import time_blocks
 
@@ -261,15 +271,6 @@ def by_ort_profile(data: bytes, shape: tuple[int, int, int], launches: int) -> t
             times += time_blocks(work.launch, 1, 0.0)
         runs = [event["dur"] / 1e6 for event in collect() if event.get("name") == "model_run"]
     return median(runs[-launches:]), median(times)
-
-
-def turns(ours: Callable[[], float], theirs: Callable[[], float], count: int) -> tuple[list[float], list[float]]:
-    """One after the other, so that both share what the machine does; the order changes from turn to turn."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for turn in range(count):
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            found[which].append((ours, theirs)[which]())
-    return found
 
 
 @contextlib.contextmanager
@@ -289,27 +290,28 @@ def peer_table(path: Path, visit_s: float) -> tuple[Table, list[dict[str, Any]],
     absent: list[str] = []
     for variant in ("eager/torch-cpu/fp32", "torchscript/torch-cpu/fp32/trace"):
         with launched(bundle, variant) as launch:
-            both = turns(lambda: by_engine(launch, visit_s), lambda: by_torch(launch, visit_s), TURNS)
-            pairs.append((variant, "torch.utils.benchmark", *both))
+            pairs.append((variant, "torch.utils.benchmark", *beside_torch(launch, visit_s)))
     if importlib.util.find_spec("pyperf"):
         with launched(bundle, "eager/torch-cpu/fp32") as launch:
             threads = torch.get_num_threads()
-            both = turns(lambda: by_engine(launch, visit_s), lambda: by_pyperf(path, "eager/torch-cpu/fp32", threads), 3)
+            both = turns(
+                lambda: by_engine(launch, 2 * visit_s, block_s=0.1), lambda: by_pyperf(path, "eager/torch-cpu/fp32", threads), SLOW_TURNS
+            )
             pairs.append(("eager/torch-cpu/fp32", "pyperf timeit", *both))
     else:
         absent.append("pyperf")
     if importlib.util.find_spec("openvino"):
         file = path / artifact_of(bundle, onnx).path
         spec = bundle.metadata.preprocessing
-        launch = bind(OpenVino(file, shape), bench_images(1, spec), "device", spec, None).launch
-        both = turns(lambda: by_engine(launch, visit_s), lambda: by_benchmark_app(file, shape, visit_s), 3)
-        pairs.append(("model.onnx in OpenVINO", "benchmark_app", *both))
+        launch = bind(OpenVino(file, shape), bench_images(LARGE, spec), "device", spec, None).launch
+        both = turns(lambda: by_engine(launch, visit_s), lambda: by_benchmark_app(file, shape, visit_s), SLOW_TURNS)
+        pairs.append((f"model.onnx in OpenVINO, batch {LARGE}", "benchmark_app", *both))
     else:
         absent.append("openvino")
     data = bundle.read(artifact_of(bundle, onnx))
     profiled = [by_ort_profile(data, shape, 300) for _ in range(TURNS)]
     pairs.append(
-        ("onnx/ort-cpu/fp32, batch 64", "ONNX Runtime's profile", [ours for _, ours in profiled], [theirs for theirs, _ in profiled])
+        (f"onnx/ort-cpu/fp32, batch {LARGE}", "ONNX Runtime's profile", [ours for _, ours in profiled], [theirs for theirs, _ in profiled])
     )
     rows, stored = [], []
     for what, peer, ours, theirs in pairs:

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from lenet_deploy import api
-from lenet_deploy.bench.coordinator import COMMAND, KINDS, Gathered
+from lenet_deploy.bench.coordinator import COMMAND, KINDS, Gathered, higher
 from lenet_deploy.bench.plan import PROFILES, SCOPES, Plan, find_profile, plan_from_json
 from lenet_deploy.bench.results import batch_choices, measurements
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.errors import BadInput, UnknownName, Unusable
 from lenet_deploy.order_statistics import MIN_SAMPLES
-from lenet_deploy.records import STOPS, BenchReport, Measurement, Visit
+from lenet_deploy.records import STOPS, BenchReport, Limit, Measurement, Visit
 from lenet_deploy.variants import VARIANTS
 
 EAGER, ORT = "eager/torch-cpu/fp32", "onnx/ort-cpu/fp32"
@@ -380,6 +380,14 @@ def test_the_budget_is_kept_by_p99_where_all_have_it() -> None:
     rows = [measurement(1000, batch_size=size, times_s=tail) for size in (1, 2)]
     found = batch_choices(rows, 0.01)[0]
     assert (found.statistic, found.within_slo) == ("p99", None)
+
+
+def test_the_limit_is_the_best_of_all_processes_rate_by_rate() -> None:
+    one = Limit("cpu", {"fp32": 2.0, "tf32": 1.0}, 5.0, None, {"1": 3.0})
+    other = Limit("cpu", {"fp32": 1.0, "bf16": 4.0}, 6.0, 7.0, {"1": 4.0, "2": 1.0})
+    best = Limit("cpu", {"fp32": 2.0, "tf32": 1.0, "bf16": 4.0}, 6.0, 7.0, {"1": 4.0, "2": 1.0})
+    assert higher(one, None) == one
+    assert higher(one, other) == best == higher(other, one)
 
 
 def test_what_was_not_visited_is_no_measurement() -> None:

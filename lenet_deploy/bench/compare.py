@@ -244,7 +244,7 @@ def _notes(base: BenchReport, head: BenchReport, baselines: Mapping[str, str], u
             yield from _difference(name, getattr(left, name), getattr(right, name))
     for name in sorted(left.versions.keys() | right.versions.keys()):
         yield from _difference(name, left.versions.get(name), right.versions.get(name))
-    for name in sorted(base.options.keys() ^ head.options.keys() - set(EXTENT)):
+    for name in sorted((base.options.keys() ^ head.options.keys()) - set(EXTENT)):
         yield f"option {name} is not in {'base' if name in head.options else 'head'}, so that it may have been another"
     yield from _difference("profile", base.options.get("profile"), head.options.get("profile"))
     for side, report in (("base", base), ("head", head)):

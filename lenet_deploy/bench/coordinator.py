@@ -56,7 +56,7 @@ class Gathered:
     sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     times: dict[Key, Times] = field(default_factory=dict)
     overheads_s: dict[str, float] = field(default_factory=dict)
-    limits: list[Limit] = field(default_factory=list)
+    limits: dict[str, Limit] = field(default_factory=dict)
     machine: list[MachineState] = field(default_factory=list)
     cold: list[ColdStart] = field(default_factory=list)
     environment: Environment | None = None
@@ -76,7 +76,7 @@ class Gathered:
             case "overhead":
                 self.overheads_s[values["variant"]] = values["seconds"]
             case "limit":
-                self.limits.append(Limit(**values))
+                self.limits[values["device"]] = higher(Limit(**values), self.limits.get(values["device"]))
             case "machine":
                 self.machine.append(MachineState(**{**values, "remarks": tuple(values["remarks"])}))
             case "environment":
@@ -115,6 +115,24 @@ class Gathered:
                 flag=event["flag"],
             )
         )
+
+
+def higher(one: Limit, other: Limit | None) -> Limit:
+    """The best of two measurements of one device's limit, rate by rate."""
+    if other is None:
+        return one
+
+    def best(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+        return {name: max(a.get(name, 0.0), b.get(name, 0.0)) for name in (*a, *(name for name in b if name not in a))}
+
+    known = [bps for bps in (one.pcie_bps, other.pcie_bps) if bps is not None]
+    return Limit(
+        device=one.device,
+        flops=best(one.flops, other.flops),
+        memory_bps=max(one.memory_bps, other.memory_bps),
+        pcie_bps=max(known) if known else None,
+        bandwidths_bps=best(one.bandwidths_bps, other.bandwidths_bps),
+    )
 
 
 def gather(plan: Plan, cold_start: bool, progress: Progress) -> Gathered:

@@ -99,18 +99,19 @@ class Bench:
     sleep: Callable[[float], None] = time.sleep
 
     def run(self, cases: Sequence[Case], process: int) -> None:
-        """Rounds until every case has stopped or the time is over; the first `plan.rounds` are complete unless it is over in them."""
+        """Rounds until every case has stopped, or one ends beyond the time limit: a round that has begun is completed."""
         shuffle = random.Random(f"{self.plan.seed}/{process}")  # an order, not a secret
         end = self.clock() + self.plan.limit_s / self.plan.processes
         last: Session | None = None
         for number in itertools.count():
             due = [case for case in cases if not case.stopped]
+            if number and not self.plan.fixed and self.clock() >= end:
+                for case in due:
+                    self._stop(case, "time limit")
+                return
             if not due:
                 return
             for case in shuffle.sample(due, len(due)):
-                if number and not self.plan.fixed and self.clock() >= end:
-                    self._stop(case, "time limit")
-                    continue
                 self.visit(case, number, last)
                 last = case.session
                 if number + 1 >= self.plan.rounds:

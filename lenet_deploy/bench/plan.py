@@ -39,9 +39,9 @@ class Profile:
 
 
 # Six rounds are the fewest that have a 95 % interval of their own. Launches back to back, from which throughput comes, last at least
-# 0.5 s altogether in each process (nvbench's least): 6 x 0.085 s in `quick`, 6 x 0.2 s in `full`.
+# 0.5 s altogether in each process (nvbench's least): 6 x 0.084 s in `quick`, 6 x 0.2 s in `full`.
 PROFILES: tuple[Profile, ...] = (
-    Profile("quick", (1, 8, 64), 1, rounds=6, visit_s=0.085, warmup_s=0.2, limit_s=25.0, core_only=True, cold_start=False),
+    Profile("quick", (1, 8, 64), 1, rounds=6, visit_s=0.084, warmup_s=0.2, limit_s=20.5, core_only=True, cold_start=False),
     Profile("full", (1, 8, 64, 512), 3, rounds=6, visit_s=0.2, warmup_s=1.0, limit_s=240.0, core_only=False, cold_start=True),
 )
 

@@ -115,7 +115,7 @@ def benchmark(
         skipped=tuple(Failure(name, reason) for name, reason in found.skipped.items()),
         environment=found.environment or environment.capture(),
         options={name: value for name, value in options.items() if name not in ("bundle", "blocks", "variants")},
-        limits=tuple(found.limits),
+        limits=tuple(found.limits.values()),
         machine=tuple(found.machine),
         cold_starts=tuple(found.cold),
         speedups=_speedups(measured, baseline),
@@ -179,7 +179,7 @@ def _measured(bundle: Bundle, selected: Sequence[Variant], plan: Plan, found: Ga
     from lenet_deploy.bench.roofline import floors
     from lenet_deploy.models import find_model
 
-    metadata, limits = bundle.metadata, {limit.device: limit for limit in found.limits}
+    metadata = bundle.metadata
     layers = find_model(metadata.model).config_from(metadata.config).layers()
     shape = metadata.preprocessing.input_shape
     artifacts = {variant.name: artifact_of(bundle, variant) for variant in selected}
@@ -187,7 +187,7 @@ def _measured(bundle: Bundle, selected: Sequence[Variant], plan: Plan, found: Ga
     order: list[Key] = [(name, size, scope) for name in plan.variants for size in sizes.get(name, ()) for scope in plan.scopes]
 
     def least(device: str, batch_size: int, scope: str) -> Mapping[str, float]:
-        limit = limits.get(device)
+        limit = found.limits.get(device)
         precision = "tf32" if plan.allow_tf32 and device.startswith("cuda") else "fp32"
         return floors(layers, shape, len(metadata.labels), batch_size, scope, precision, limit) if limit else {}
 

@@ -43,7 +43,7 @@ class OrtSession:
     bound. So the id is the batch size, whose buffers are kept. Before microsoft/onnxruntime#28686 a replay waits for the GPU.
     """
 
-    settle_s = 0.06  # its threads spin for up to 50 ms
+    settle_s = 0.052  # its threads spin for up to 50 ms
 
     def __init__(self, session: Any, input_shape: tuple[int, int, int], device: torch.device, options: SessionOptions = PLAIN) -> None:
         self.device = device

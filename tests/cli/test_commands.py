@@ -325,7 +325,18 @@ BENCH_KEYS = {
 
 
 def test_bench_measures_what_was_asked_for_and_keeps_the_raw_times(lenet: Run, bundle: Bundle, tmp_path: Path) -> None:
-    arguments = ("--variants", "eager/torch-cpu/fp32,onnx/ort-cpu/fp32", "--batch", "1,2", "--scope", "device,e2e", "--rounds", "1", "--device", "cpu")
+    arguments = (
+        "--variants",
+        "eager/torch-cpu/fp32,onnx/ort-cpu/fp32",
+        "--batch",
+        "1,2",
+        "--scope",
+        "device,e2e",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+    )
     done = lenet("bench", bundle.path, *arguments, "--json", "bench.json", "--markdown", "bench.md")
     assert (done.code, done.err) == (0, "")
     document = stored(tmp_path / "bench.json", "bench")
