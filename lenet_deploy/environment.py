@@ -33,7 +33,7 @@ def capture() -> Environment:
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads() if torch else None,
-        gpu=torch.cuda.get_device_name(0) if torch and has_gpu else None,
+        gpu=torch.cuda.get_device_name() if torch and has_gpu else None,
         driver=_driver(),
         versions=versions(),
         commit=_commit(),

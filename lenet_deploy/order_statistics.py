@@ -89,6 +89,10 @@ def warnings(visits: Sequence[Sequence[float]], flagged: int = 0) -> tuple[str, 
     centres = modes(samples)
     if centres is not None:
         found.append(f"two modes: {centres[0] * 1e6:.4g} and {centres[1] * 1e6:.4g} us")
+    interval = grouped_median_ci95(visits)
+    if interval and not found and interval[1] - interval[0] > 2 * NOISY_RELATIVE_IQR * median(samples):
+        low, high = (bound / median(samples) - 1 for bound in interval)
+        found.append(f"visits disagree: the interval reaches from {low:+.0%} to {high:+.0%}")
     if flagged:
         found.append(f"{flagged} samples flagged and left out")
     return tuple(found)

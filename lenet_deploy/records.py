@@ -113,7 +113,7 @@ class Environment:
     Attributes:
         cores: logical CPUs this process may use.
         threads: intra-op threads of torch, which ONNX Runtime sessions are given too; None before torch is loaded.
-        gpu: name of CUDA device 0; None where there is none.
+        gpu: name of the CUDA device in use, or of the first; None where there is none.
         versions: installed package versions by distribution name.
         commit: git commit of the source tree; None for an installed wheel.
     """
@@ -313,9 +313,10 @@ class Measurement:
         launches_per_block: launches between two readings of the clock.
         visits: where the times come from, in order.
         warmup_launches: launches before the first kept time, over all processes.
-        stop: why no more was measured: one of STOPS.
+        steady: whether each warm-up ended because launches were steady, rather than at its cap.
+        stop: why no more was measured: the weakest of STOPS over all processes.
         single_times_s: seconds of launches timed alone; empty where `times_s` are that already.
-        gpu_times_s: seconds between CUDA events around a launch, on the stream it runs on.
+        gpu_times_s: seconds between CUDA events around the model alone, on the stream it runs on, with the host out of the way.
         enqueue_times_s: seconds until the host may go on, of launches on CUDA.
         h2d_times_s, d2h_times_s: seconds of the copies to and from the GPU alone.
         overhead_s: seconds of a launch that do not grow with the batch.
@@ -334,6 +335,7 @@ class Measurement:
     stop: str
     size_bytes: int
     accuracy: float | None
+    steady: bool = True
     single_times_s: tuple[float, ...] = ()
     gpu_times_s: tuple[float, ...] = ()
     enqueue_times_s: tuple[float, ...] = ()
@@ -410,33 +412,52 @@ class Measurement:
     def bound(self) -> str | None:
         """What binds: `launch`, `pcie`, `compute` or `memory`, by TensorRT's rules (sampleReporting.cpp); None where unknown.
 
-        A launch whose fixed part is more than 0.8 of it is bound by that. One whose copies take at least as long as the GPU computes is
-        bound by them. Any other is bound by the longest floor.
+        A launch whose fixed part is more than 0.8 of it is bound by that, unless the GPU computes for as much of it (the host then waits
+        in the launch). One whose copies take at least as long as the GPU computes is bound by them. Any other is bound by the longest
+        floor; on a CPU by its fixed part where that is longer.
         """
-        if self.overhead_s is not None and self.overhead_s > LAUNCH_BOUND * self.median_s:
+        gpu_s = order_statistics.median(self.gpu_times_s) if self.gpu_times_s else 0.0
+        fixed_s = self.overhead_s or 0.0
+        if fixed_s > LAUNCH_BOUND * self.median_s >= gpu_s:
             return "launch"
-        if self.gpu_times_s and self.scope == "e2e":
-            copies = [order_statistics.median(times) for times in (self.h2d_times_s, self.d2h_times_s) if times]
-            if copies and max(copies) >= order_statistics.median(self.gpu_times_s):
-                return "pcie"
+        copies = [order_statistics.median(times) for times in (self.h2d_times_s, self.d2h_times_s) if times]
+        if self.scope == "e2e" and gpu_s and copies and max(copies) >= gpu_s:
+            return "pcie"
+        if self.floors_s and not gpu_s and fixed_s > max(self.floors_s.values()):
+            return "launch"
         return max(self.floors_s, key=lambda kind: self.floors_s[kind]) if self.floors_s else None
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader must know before citing the numbers."""
-        found = order_statistics.warnings([times for _, times in self.by_visit], self.flagged)
-        share = self.limit_fraction if self.kept_s else None
-        return found if share is None or share <= 1 else (*found, BEYOND_LIMIT.format(share))
+        found = list(order_statistics.warnings([times for _, times in self.by_visit], self.flagged))
+        if not self.kept_s:
+            return tuple(found)
+        if not self.steady:
+            found.append(f"not steady when the warm-up ended, after {self.warmup_launches} launches")
+        kept = [visit for visit in self.visits if visit.flag is None]
+        window_s = min(sum(v.window_s for v in kept if v.process == process) for process in {v.process for v in kept})
+        if window_s < MIN_WINDOW_S:
+            found.append(f"images/s from {window_s:.2g} s of launches, and {MIN_WINDOW_S:g} s are the least to rely on")
+        apart = self.batch_size / self.throughput_ips / self.median_s
+        if apart > MEAN_APART:
+            found.append(f"launches back to back took {apart:.3g} times the median each: read images/s")
+        if self.limit_fraction is not None and self.limit_fraction > 1:
+            found.append(BEYOND_LIMIT.format(self.limit_fraction))
+        return tuple(found)
 
 
 BEYOND_LIMIT = (
     "{:.1%} of the limit: its convolutions take fewer multiplications than their definition, "
     "or the device was disturbed while its limit was measured"
 )
+MIN_WINDOW_S = 0.5  # nvbench's least accumulated time, by process
+MEAN_APART = 1.25  # a mean this far above the median has a tail that the median does not show
 LAUNCH_BOUND = 0.8  # TensorRT, sampleReporting.cpp: enqueue against compute
 
-# Why a measurement ended. `precise`: the 95 % interval of the median is narrow enough. `settled`: the noise would not shrink with more
-# samples. `rounds`: as many as were asked for. `time limit`: the profile's. `interrupted`: by Ctrl-C.
+# Why a process ended with a case, from the strongest to the weakest reason. `precise`: the 95 % interval of its median is narrow enough.
+# `settled`: the noise between visits is known. `rounds`: as many as were asked for. `time limit`: the profile's. `interrupted`: by Ctrl-C,
+# or its process died.
 STOPS = ("precise", "settled", "rounds", "time limit", "interrupted")
 
 
@@ -466,17 +487,17 @@ class ColdStart:
         import_s: importing what the variant needs.
         load_s: opening the artifact as a session.
         first_s: the first inference at batch 1.
-        steady_s: from then on until launches were steady.
+        steady_s: from then on until launches were steady; None where they did not become so in two seconds.
         total_s: from the start of the process to the first answer.
         batch_size: the largest of the run, launched once at the end, for the memory.
-        peak_memory_bytes: most memory held, of the GPU or, on the CPU, of the process.
+        peak_memory_bytes: most memory held, on the CPU of the process; of the GPU what came to be used since the start.
     """
 
     variant: str
     import_s: float
     load_s: float
     first_s: float
-    steady_s: float
+    steady_s: float | None
     total_s: float
     batch_size: int
     peak_memory_bytes: int | None
@@ -542,6 +563,7 @@ class BenchReport:
     Attributes:
         options: the profile and every switch that decides a number.
         partial: why it is not complete; None for a whole one.
+        failed: what began and failed: cases, cold starts, processes.
     """
 
     measurements: tuple[Measurement, ...]
@@ -555,6 +577,7 @@ class BenchReport:
     batches: tuple[BatchChoice, ...] = ()
     loads: tuple[LoadResult, ...] = ()
     partial: str | None = None
+    failed: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True)

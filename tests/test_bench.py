@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
 from lenet_deploy import api
+from lenet_deploy.bench import coordinator
 from lenet_deploy.bench.coordinator import COMMAND, KINDS, Gathered, higher
 from lenet_deploy.bench.plan import PROFILES, SCOPES, Plan, find_profile, plan_from_json
 from lenet_deploy.bench.results import batch_choices, measurements
-from lenet_deploy.bundle import Bundle
-from lenet_deploy.errors import BadInput, UnknownName, Unusable
+from lenet_deploy.bundle import Bundle, write_artifact, write_manifest
+from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, Unusable
 from lenet_deploy.order_statistics import MIN_SAMPLES
 from lenet_deploy.records import STOPS, BenchReport, Limit, Measurement, Visit
+from lenet_deploy.sources import artifact_of
 from lenet_deploy.variants import VARIANTS
 
 EAGER, ORT = "eager/torch-cpu/fp32", "onnx/ort-cpu/fp32"
@@ -244,9 +248,80 @@ def test_a_worker_that_dies_is_reported_with_what_it_said(bundle: Bundle) -> Non
         for child in children:
             os.kill(int(child), signal.SIGKILL)
 
-    with pytest.raises(Unusable, match=r"a measuring process ended with signal 9.*run the bench again"):
-        api.benchmark(bundle, variants=(EAGER,), batch_sizes=(1,), scopes=("device",), rounds=100, progress=kill)
+    found = api.benchmark(bundle, variants=(EAGER,), batch_sizes=(1,), scopes=("device",), rounds=100, progress=kill)
     assert killed
+    assert found.partial is not None
+    assert "a measuring process ended with signal 9" in found.partial
+    assert [failure.name for failure in found.failed] == ["process 1"]
+    (row,) = found.measurements
+    assert (row.stop, len(row.visits) < 100) == ("interrupted", True), "what it sent before is kept"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import sys; sys.exit('no memory')", "exit code 1: no memory"),
+        ('import os; os.write(1, b\'{"event": "vis\'); os.kill(os.getpid(), 9)', "signal 9: it said nothing"),
+        ("import time; time.sleep(60)", "nothing to say for 0 s: it said nothing"),
+    ],
+    ids=["an error", "in the middle of a line", "a hang"],
+)
+def test_a_worker_that_dies_before_it_measured_is_unusable(
+    bundle: Bundle, program: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator, "COMMAND", (sys.executable, "-c", program))
+    monkeypatch.setattr(coordinator, "SILENCE_S", 0.4 if "sleep" in program else 60.0)
+    with pytest.raises(Unusable, match=f"a measuring process ended with {said}; run the bench again"):
+        api.benchmark(bundle, variants=(EAGER,), batch_sizes=(1,))
+
+
+def test_a_case_that_fails_is_listed_and_the_others_are_measured(bundle: Bundle, tmp_path: Path) -> None:
+    # A graph made for one image, as exporters that specialise on their example write it.
+    entry = artifact_of(bundle, next(variant for variant in VARIANTS if variant.name == ORT))
+    graph = onnx.load_from_string(bundle.read(entry))
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    shutil.copytree(bundle.path, tmp_path / "bundle")
+    special = write_artifact(tmp_path / "bundle", entry.name, entry.format, entry.path, graph.SerializeToString(), entry.details)
+    artifacts = tuple(special if each.name == entry.name else each for each in bundle.manifest.artifacts)
+    write_manifest(tmp_path / "bundle", dataclasses.replace(bundle.manifest, artifacts=artifacts))
+
+    def measure(*variants: str, batch_sizes: tuple[int, ...] = (1, 2)) -> BenchReport:
+        return api.benchmark(tmp_path / "bundle", variants=variants, batch_sizes=batch_sizes, scopes=("device",), rounds=1, cold_start=True)
+
+    found = measure(EAGER, ORT)
+    assert [(row.variant, row.batch_size) for row in found.measurements] == [(EAGER, 1), (EAGER, 2), (ORT, 1)]
+    assert [failure.name for failure in found.failed] == [ORT, ORT]
+    assert found.failed[0].reason.startswith(f"batch 2, device: {ORT} does not run at batch 2: ")
+    assert found.failed[1].reason.startswith("cold start: ")
+    with pytest.raises(DamagedFile, match=f"{ORT}: batch 2, device: {ORT} does not run at batch 2"):
+        measure(ORT, batch_sizes=(2,))
+
+
+def test_the_weakest_reason_of_all_processes_is_why_it_ended() -> None:
+    case = {"variant": "v", "batch_size": 1, "scope": "device"}
+    visit = {"event": "visit", **case, "round": 0, "times_s": [1.0], "single_times_s": [], "window_images": 1, "window_s": 1.0}
+    visit |= {"energy_j": None, "flag": None}
+
+    def stop(*reasons: str | None) -> str:
+        found = Gathered()
+        for process, reason in enumerate(reasons):
+            found.take(visit, process)
+            if reason:
+                found.take({"event": "stop", **case, "reason": reason}, process)
+        return found.times["v", 1, "device"].stop
+
+    assert stop("precise", "precise") == "precise"
+    assert stop("time limit", "precise") == "time limit"
+    assert stop("precise", None) == "interrupted"
+
+
+def test_an_unfinished_warm_up_a_short_window_and_a_tail_are_said() -> None:
+    assert measurement(3, steady=False).warnings[0] == "not steady when the warm-up ended, after 40 launches"
+    assert "images/s from 0.1 s of launches, and 0.5 s are the least to rely on" in measurement(3).warnings
+    tail = (Visit(process=0, round=0, samples=3, singles=0, window_images=8, window_s=1.0),)
+    assert "launches back to back took 999 times the median each: read images/s" in measurement(3, visits=tail).warnings
+    good = (Visit(process=0, round=0, samples=3, singles=0, window_images=8000, window_s=1.0),)
+    assert measurement(3, visits=good).warnings == ()
 
 
 def test_a_worker_ends_when_its_parent_does(bundle: Bundle) -> None:
@@ -332,7 +407,10 @@ def test_throughput_is_images_by_wall_clock_and_not_by_the_median() -> None:
 def test_a_launch_whose_fixed_part_is_most_of_it_is_launch_bound() -> None:
     floors = {"compute": 2e-4, "memory": 3e-4}
     assert measurement(3, floors_s=floors, overhead_s=9e-4).bound == "launch"
-    assert measurement(3, floors_s=floors, overhead_s=7e-4).bound == "memory"
+    assert measurement(3, floors_s=floors, overhead_s=2.9e-4).bound == "memory"
+    assert measurement(3, floors_s=floors, overhead_s=3.1e-4).bound == "launch", "on a CPU, longer than any floor"
+    waiting = {"overhead_s": 9e-4, "gpu_times_s": (9e-4,)}
+    assert measurement(3, floors_s=floors, **waiting).bound == "memory", "the host waits while the GPU computes"
     assert measurement(3, floors_s=floors).limit_fraction == pytest.approx(3e-4 / 1.001e-3)
     assert (measurement(3).bound, measurement(3).limit_fraction) == (None, None)
 

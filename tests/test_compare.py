@@ -60,7 +60,7 @@ def measurement(
     device: str = "cpu",
 ) -> Measurement:
     """A measurement of the given visits, dealt to processes in turn."""
-    visits = tuple(Visit(i % processes, i // processes, len(block), 0, len(block), 1.0, flag=flag) for i, block in enumerate(blocks))
+    visits = tuple(Visit(i % processes, i // processes, len(block), 0, 1000 * batch_size, 1.0, flag=flag) for i, block in enumerate(blocks))
     times = tuple(time for block in blocks for time in block)
     return Measurement(variant, device, batch_size, "device", times, 1, visits, 20, "precise", 1000, None)
 

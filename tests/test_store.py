@@ -242,7 +242,7 @@ def test_bench_has_the_documented_keys_and_the_raw_times() -> None:
     assert single["throughput_ips"] == pytest.approx(8000.0)
     assert (single["accuracy"], single["warnings"]) == (97.5, list(BENCH.measurements[0].warnings))
     assert (blocks["ci95_s"], blocks["p90_s"], blocks["p99_s"], blocks["accuracy"]) == (None, None, None, None)
-    assert len(blocks["warnings"]) == 1
+    assert blocks["warnings"] == list(BENCH.measurements[1].warnings) != []
     assert found["skipped"] == [{"variant": "c", "reason": "no GPU"}]
     assert found["partial"] == "interrupted"
 

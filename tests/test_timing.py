@@ -13,7 +13,6 @@ from lenet_deploy.bench.timing import (
     HALF,
     MAX_WARMUP_LAUNCHES,
     MIN_ACCUMULATED_S,
-    MIN_TRAILING,
     MIN_VISITS,
     PRECISE,
     SETTLED,
@@ -167,25 +166,30 @@ def test_visits_that_disagree_are_not_precise_however_many_samples_they_have() -
     assert stop_reason(apart, 1.0) is None
 
 
-def test_wide_noise_that_stays_the_same_is_settled() -> None:
-    # 600 samples: the estimate of the spread moves by less than 5 % over the last 512 only when the window leaves its beginning behind.
-    visits = [noisy(seed, 1.0, 0.2, 200) for seed in range(MIN_VISITS)]
+def test_wide_noise_between_visits_is_settled_once_it_is_known() -> None:
+    visits = [[1.0 + 0.02 * (visit % 2)] * 9 for visit in range(80)]
     assert stop_reason(visits, 1.0) == "settled"
+    assert stop_reason(visits[: MIN_VISITS + TRAILING - 1], 1.0) is None
+
+
+def test_however_many_launches_of_one_visit_agree_its_neighbours_decide() -> None:
+    visits = [noisy(seed, 1.0 + 0.1 * (seed % 2), 0.001, 2000) for seed in range(MIN_VISITS)]
+    assert stop_reason(visits, 1.0) is None
 
 
 def test_noise_that_grows_is_not_settled() -> None:
-    growing = [1.0 + 0.001 * i * (-1) ** i for i in range(400)]
+    growing = [1.0 + 0.01 * i * (-1) ** i for i in range(MIN_VISITS + TRAILING + 6)]
     assert not settled(growing)
 
 
-def test_the_trailing_window_is_nvbenchs() -> None:
-    samples = noisy(3, 1.0, 0.1, MIN_TRAILING + 100)
-    estimates = [statistics.stdev(samples[:n]) / statistics.fmean(samples[:n]) if n > 1 else 0.0 for n in range(1, len(samples) + 1)]
-    for n in range(MIN_TRAILING + 1, len(samples)):
+def test_the_rule_is_nvbenchs_over_the_last_visits() -> None:
+    medians = noisy(3, 1.0, 0.1, 100)
+    estimates = [statistics.stdev(medians[:n]) / statistics.fmean(medians[:n]) if n > 1 else 0.0 for n in range(1, len(medians) + 1)]
+    for n in range(MIN_VISITS + TRAILING, len(medians)):
         window = estimates[:n][-TRAILING:]
-        assert settled(samples[:n]) is (statistics.pstdev(window) < SETTLED * estimates[n - 1])
-    assert not settled(samples[:MIN_TRAILING])
+        assert settled(medians[:n]) is (statistics.pstdev(window) <= SETTLED * estimates[n - 1])
+    assert not settled(medians[: MIN_VISITS + TRAILING - 1])
 
 
-def test_equal_samples_are_settled() -> None:
-    assert settled([1e-4] * (MIN_TRAILING + 1))
+def test_equal_visits_are_settled() -> None:
+    assert settled([1e-4] * (MIN_VISITS + TRAILING))

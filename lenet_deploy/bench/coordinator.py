@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +16,15 @@ from typing import Any
 
 from lenet_deploy.bench.plan import Plan
 from lenet_deploy.errors import BadInput, DamagedFile, LenetDeployError, Unusable
-from lenet_deploy.records import ColdStart, Environment, Limit, MachineState, NodePlacement, Visit
+from lenet_deploy.records import STOPS, ColdStart, Environment, Failure, Limit, MachineState, NodePlacement, Visit
 
 # -P: a file in the current folder that happens to be called torch.py is not imported.
 COMMAND = (sys.executable, "-P", "-m", "lenet_deploy.bench.worker")
 
 # The errors of a worker by number, the most special first.
 KINDS = (DamagedFile, BadInput, Unusable, LenetDeployError)
+
+SILENCE_S = 300.0  # without an event a worker hangs, in a driver for one: no visit, warm-up or export of a runtime's cache takes as long
 
 Key = tuple[str, int, str]  # variant, batch size, scope
 Progress = Callable[[int, int, str], None]
@@ -32,13 +35,24 @@ TIMES = ("times_s", "single_times_s", "gpu_times_s", "enqueue_times_s", "h2d_tim
 
 @dataclass(eq=False)
 class Times:
-    """What was sent of one case, over all processes."""
+    """What was sent of one case, over all processes.
+
+    Attributes:
+        steady: whether each warm-up ended by its rule.
+        stops: why each process ended with it.
+    """
 
     launches_per_block: int = 1
     warmup_launches: int = 0
-    stop: str = "interrupted"
+    steady: bool = True
+    stops: dict[int, str] = field(default_factory=dict)
     visits: list[Visit] = field(default_factory=list)
     raw: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TIMES})
+
+    @property
+    def stop(self) -> str:
+        """The weakest reason of all processes that visited it."""
+        return max((self.stops.get(visit.process, "interrupted") for visit in self.visits), key=STOPS.index)
 
 
 @dataclass(eq=False)
@@ -48,6 +62,8 @@ class Gathered:
     Attributes:
         opened: device and placement of each variant that runs.
         environment: of the last worker, whose torch is loaded.
+        failed: cases, cold starts and processes that failed, and why.
+        damaged: whether one of them failed because its file is not what it should be.
         partial: why there is no more; None for a whole run.
     """
 
@@ -60,6 +76,8 @@ class Gathered:
     machine: list[MachineState] = field(default_factory=list)
     cold: list[ColdStart] = field(default_factory=list)
     environment: Environment | None = None
+    failed: list[Failure] = field(default_factory=list)
+    damaged: bool = False
     cases: int = 0
     partial: str | None = None
 
@@ -83,16 +101,20 @@ class Gathered:
                 self.environment = Environment(**values)
             case "cold":
                 self.cold.append(ColdStart(**values))
+            case "failed":
+                self.damaged |= values["damaged"]
+                self.failed.append(Failure(values["variant"], f"batch {values['batch_size']}, {values['scope']}: {values['reason']}"))
             case "cases":
                 self.cases = values["count"]
             case "case":
                 times = self._times(event)
                 times.launches_per_block = values["launches_per_block"]
                 times.warmup_launches += values["warmup_launches"]
+                times.steady &= values["steady"]
             case "visit":
                 self._visit(event, process)
             case "stop":
-                self._times(event).stop = values["reason"]
+                self._times(event).stops[process] = values["reason"]
             case "error":
                 raise KINDS[values["kind"]](values["message"])
 
@@ -138,31 +160,42 @@ def higher(one: Limit, other: Limit | None) -> Limit:
 def gather(plan: Plan, cold_start: bool, progress: Progress) -> Gathered:
     """Run every process of the plan, and a cold start of every variant if asked for.
 
-    Ctrl-C ends it early: what was sent by then is returned, with `partial` saying so.
+    Ctrl-C and a worker that dies end it early: what was sent by then is returned, with `partial` saying so.
 
     Args:
         progress: called after each visit with visits done, visits in all, and the variant.
 
     Raises:
-        BadInput, Unusable: what a worker reports, or a worker that died.
+        BadInput, Unusable: what a worker reports, or a worker that died, before anything was measured.
         KeyboardInterrupt: before anything was measured.
     """
     found = Gathered()
+    done = 0
     try:
         for process in range(plan.processes):
             _run(plan, process, found, progress)
             if not found.opened:
                 return found
+            done += 1
             plan = dataclasses.replace(plan, batch_sizes={**plan.batch_sizes, **found.sizes}, blocks=_blocks(found))
         if cold_start:
             for variant in found.opened:
-                for event in _events({"plan": plan.to_json(), "cold": variant, "spawned_s": time.monotonic()}):
-                    found.take(event, 0)
-    except KeyboardInterrupt:
-        if not any(times.visits for times in found.times.values()):
-            raise
+                try:
+                    for event in _events({"plan": plan.to_json(), "cold": variant, "spawned_s": time.monotonic()}):
+                        found.take(event, 0)
+                except LenetDeployError as error:
+                    found.failed.append(Failure(variant, f"cold start: {error}"))
+    except (KeyboardInterrupt, LenetDeployError) as error:
         visits = sum(len(times.visits) for times in found.times.values())
-        found.partial = f"interrupted after {visits} visits: fewer samples than the profile asks for, and the last round is incomplete"
+        if not visits:
+            raise
+        if done == plan.processes:
+            found.partial = "interrupted during the cold starts: every round is complete, and cold starts are missing"
+        else:
+            found.partial = f"interrupted after {visits} visits: fewer samples than the profile asks for, and the last round is incomplete"
+        if isinstance(error, LenetDeployError):
+            found.partial = f"ended early after {visits} visits: {error}"
+            found.failed.append(Failure(f"process {done + 1}", str(error)))
     return found
 
 
@@ -189,15 +222,51 @@ def _events(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             worker.stdin.write(json.dumps(request))
             worker.stdin.close()
         last = {}
-        for line in worker.stdout:
-            last = json.loads(line)
-            yield last
-        code = worker.wait()
+        with Watchdog(worker) as watchdog:
+            for line in worker.stdout:
+                watchdog.heard()
+                try:
+                    last = json.loads(line)
+                except ValueError:  # it died while it wrote
+                    break
+                yield last
+            code = worker.wait()
         if last.get("event") != "done":
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines()
             why = f"signal {-code}" if code < 0 else f"exit code {code}"
+            if watchdog.bit:
+                why = f"nothing to say for {SILENCE_S:.0f} s"
             raise Unusable(f"a measuring process ended with {why}: {said[-1] if said else 'it said nothing'}; run the bench again")
+
+
+class Watchdog:
+    """Ends a worker of which nothing is heard for SILENCE_S."""
+
+    def __init__(self, worker: subprocess.Popen[str]) -> None:
+        self._worker = worker
+        self.bit = False
+
+    def __enter__(self) -> Watchdog:
+        self._wait()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._timer.cancel()
+
+    def heard(self) -> None:
+        """Begin to wait anew."""
+        self._timer.cancel()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._timer = threading.Timer(SILENCE_S, self._bite)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _bite(self) -> None:
+        self.bit = True
+        self._worker.kill()
 
 
 @contextlib.contextmanager

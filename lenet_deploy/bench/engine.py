@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lenet_deploy.bench.scopes import Stream, Work, bind
 from lenet_deploy.bench.timing import Calibration, Clock, calibrate, stop_reason, time_blocks
-from lenet_deploy.errors import DamagedFile, first_line
+from lenet_deploy.errors import DamagedFile, LenetDeployError, Unusable, first_line
 from lenet_deploy.order_statistics import median
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ REVISIT_LAUNCHES = 5  # before the times of a later visit: caches and thread poo
 SINGLES_SHARE = 0.25  # of a visit is spent on launches timed alone, where blocks are longer
 BURSTS = 10  # in a window on a GPU, at least; two of them are in the queue at any time
 DETAIL_LAUNCHES = 20  # of each visit on a GPU are taken apart: enqueue, the GPU's own time, copies
+HOLD = 2.0  # times what the host needs to start a launch: the GPU is kept busy until it lies ready
+
+# What a visit takes in all, in its timed launches: with launches timed alone on the CPU; with the window and the details on a GPU.
+VISIT_COST = {"cpu": 1 + SINGLES_SHARE, "cuda": 2.5}
 
 SWEEP_GAIN = 0.05  # Triton Model Navigator stops doubling the batch below this gain in throughput
 SWEEP_TRIES = 3  # the best of them counts: noise only ever takes throughput away
@@ -112,12 +116,30 @@ class Bench:
             if not due:
                 return
             for case in shuffle.sample(due, len(due)):
-                self.visit(case, number, last)
+                try:
+                    self.visit(case, number, last)
+                except Exception as error:  # a case that fails, e.g. for want of memory, takes no other with it
+                    self.fail(case, error)
+                    continue
                 last = case.session
                 if number + 1 >= self.plan.rounds:
                     reason = "rounds" if self.plan.fixed else stop_reason(case.visits, case.seconds)
                     if reason:
                         self._stop(case, reason)
+
+    def fitted(self, cases: Sequence[Case]) -> Bench:
+        """With visits as short as they must be for the plan's rounds of `cases` to fit into its time limit; never longer than planned."""
+        if self.plan.fixed or not cases:
+            return self
+        share = self.plan.limit_s / self.plan.processes / self.plan.rounds
+        visit_s = share / sum(VISIT_COST["cuda" if case.stream else "cpu"] for case in cases)
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, visit_s=min(self.plan.visit_s, visit_s)))
+
+    def fail(self, case: Case, error: Exception) -> None:
+        """Give a case up, and send why."""
+        case.stopped = True
+        said = str(error) if isinstance(error, LenetDeployError) else f"{type(error).__name__}: {first_line(error)}"
+        self.send({"event": "failed", **case.key, "reason": said, "damaged": isinstance(error, DamagedFile)})
 
     def _stop(self, case: Case, reason: str) -> None:
         case.stopped = True
@@ -128,7 +150,8 @@ class Bench:
         work = self._bound(case, last)
         if case.calibration is None:
             case.calibration = self._calibrated(case, work)
-            sent = {"launches_per_block": case.calibration.launches_per_block, "warmup_launches": case.calibration.warmup_launches}
+            found = case.calibration
+            sent = {"launches_per_block": found.launches_per_block, "warmup_launches": found.warmup_launches, "steady": found.steady}
             self.send({"event": "case", **case.key, **sent})
         else:
             for _ in range(REVISIT_LAUNCHES):
@@ -137,7 +160,7 @@ class Bench:
         times, window = self._timed(work, launches, case.stream)
         flag = self.watch.throttled() if case.stream else None  # a GPU that idles meanwhile clocks down
         singles = [] if launches == 1 else time_blocks(work.launch, 1, SINGLES_SHARE * self.plan.visit_s, self.clock)
-        details = self._details(work, case.stream) if case.stream else {}
+        details = self._details(work, case.stream) if case.stream and not flag else {}
         case.visits += [] if flag else [times]
         case.seconds += window.seconds
         self.send(
@@ -169,8 +192,10 @@ class Bench:
             work = bind(case.session, case.images, case.scope, case.preprocessing, case.stream)
             work.launch()
         except Exception as error:  # whatever a runtime raises for a graph that does not take this batch
-            batch = len(case.images)
-            raise DamagedFile(f"{case.variant} does not run at batch {batch}: {first_line(error)}; see parity") from None
+            said = f"{case.variant} does not run at batch {len(case.images)}: {first_line(error)}"
+            if "out of memory" in str(error).lower():
+                raise Unusable(f"{said}; use smaller batches") from None
+            raise DamagedFile(f"{said}; see parity") from None
         return work
 
     def _timed(self, work: Work, launches: int, stream: Stream | None) -> tuple[list[float], Window]:
@@ -197,16 +222,20 @@ class Bench:
         return times, Window(count, seconds, None if before is None or after is None else after - before)
 
     def _details(self, work: Work, stream: Stream) -> dict[str, list[float]]:
-        """A launch on a GPU taken apart, by what the measurement calls it: seconds of DETAIL_LAUNCHES of each."""
-        found: dict[str, list[float]] = {"enqueue_times_s": [], "gpu_times_s": []}
+        """A launch on a GPU taken apart, by what the measurement calls it: seconds of DETAIL_LAUNCHES of each.
+
+        What the GPU's own clock says is of the GPU alone: it is held until everything between the events is enqueued, so that the host's
+        pace does not count. `gpu_times_s` is of the model without copies.
+        """
+        found: dict[str, list[float]] = {"enqueue_times_s": []}
         for _ in range(DETAIL_LAUNCHES):
             before = self.clock()
             work.start()
             found["enqueue_times_s"].append(self.clock() - before)
             stream.synchronise()
-        found["gpu_times_s"] = [_gpu_s(work.start, stream) for _ in range(DETAIL_LAUNCHES)]
-        for name, copy in work.copies.items():
-            found[f"{name}_times_s"] = [_gpu_s(copy, stream) for _ in range(DETAIL_LAUNCHES)]
+        hold_s = HOLD * max(found["enqueue_times_s"])
+        for name, part in {"gpu": work.compute, **work.copies}.items():
+            found[f"{name}_times_s"] = [_gpu_s(part, stream, hold_s) for _ in range(DETAIL_LAUNCHES)]
         return found
 
     def overhead(self, case: Case) -> float:
@@ -219,7 +248,12 @@ class Bench:
         best = 0.0
         for size in itertools.takewhile(lambda size: size <= SWEEP_MAX, (2**power for power in itertools.count())):
             case = make(size)
-            work = self._bound(case)
+            try:
+                work = self._bound(case)
+            except Unusable:  # the memory ends here
+                if not sizes:
+                    raise
+                break
             launches = calibrate(work.launch, self.plan.warmup_s, self.overhead_s, self.clock).launches_per_block
             found = 0.0
             for _ in range(SWEEP_TRIES):
@@ -232,8 +266,9 @@ class Bench:
         return tuple(sizes)
 
 
-def _gpu_s(start: Callable[[], object], stream: Stream) -> float:
-    """Seconds by the GPU's own clock between events around what `start` starts."""
+def _gpu_s(start: Callable[[], object], stream: Stream, hold_s: float) -> float:
+    """Seconds by the GPU's own clock between events around what `start` starts, on a GPU that is held for `hold_s` first."""
+    stream.hold(hold_s)
     before = stream.event()
     start()
     after = stream.event()

@@ -216,6 +216,12 @@ def energy_j(device: Device) -> float | None:
     return None if _is_mig(device) else _thousandth(device.ask("TotalEnergyConsumption"))
 
 
+def memory_used_bytes(device: Device | None) -> int | None:
+    """Bytes of the whole GPU's memory in use; None without an answer."""
+    used = getattr(device.ask("MemoryInfo"), "used", None) if device else None
+    return None if used is None else int(used)
+
+
 def _is_mig(device: Device) -> bool:
     mode = device.ask("MigMode")  # [current, pending]
     return bool(mode and mode[0])

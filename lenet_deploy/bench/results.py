@@ -40,6 +40,7 @@ def _measurement(key: Key, times: Times, found: Gathered, floors: Floors, size: 
         launches_per_block=times.launches_per_block,
         visits=tuple(times.visits),
         warmup_launches=times.warmup_launches,
+        steady=times.steady,
         stop=times.stop,
         size_bytes=size,
         accuracy=accuracy,
@@ -57,11 +58,11 @@ def _fixed(variant: str, device: str, found: Gathered, floors: Floors) -> float 
 
 
 def batch_choices(measured: Sequence[Measurement], slo_s: float | None) -> tuple[BatchChoice, ...]:
-    """The best batch size of each variant and scope: of the highest throughput, and of the highest within a latency budget.
+    """The best batch size of each variant and scope that has times that count: of the highest throughput, and within a latency budget.
 
     The latency is p99 where every size has enough samples for it, else the median.
     """
-    return tuple(_choice(list(rows), slo_s) for _, rows in groupby(sorted(measured, key=_case), key=_case))
+    return tuple(_choice(list(rows), slo_s) for _, rows in groupby(sorted((row for row in measured if row.kept_s), key=_case), key=_case))
 
 
 def _case(row: Measurement) -> tuple[str, str]:

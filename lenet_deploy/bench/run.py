@@ -12,10 +12,10 @@ from lenet_deploy import environment
 from lenet_deploy.bench.coordinator import Gathered, Key, Progress, gather
 from lenet_deploy.bench.plan import SCOPES, Plan, Profile, find_profile
 from lenet_deploy.bench.results import batch_choices, measurements
-from lenet_deploy.errors import BadInput, UnknownName, Unusable
+from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, Unusable
 from lenet_deploy.records import BenchReport, Failure, Measurement, Speedup
 from lenet_deploy.sources import artifact_of, bundle_variants, on_device
-from lenet_deploy.variants import with_ort_options
+from lenet_deploy.variants import VARIANTS, with_ort_options
 
 if TYPE_CHECKING:
     from lenet_deploy.bundle import Bundle
@@ -51,7 +51,8 @@ def benchmark(
 ) -> BenchReport:
     """Measure the variants of a bundle that this machine can run; the others are listed with the reason.
 
-    Everything is measured in fresh worker processes. Ctrl-C ends it early with a report of what there is, marked as partial.
+    Everything is measured in fresh worker processes. Ctrl-C ends it early with a report of what there is, marked as partial. What fails
+    is listed in the report's `failed` and takes nothing else with it.
 
     Args:
         variants: globs over variant names; what the profile covers when None.
@@ -73,7 +74,7 @@ def benchmark(
 
     Raises:
         BadInput: not a bundle, an unknown variant, scope or profile, a number out of its range, a wrong digest.
-        Unusable: `device` does not work here, or none of the variants asked for does.
+        Unusable: `device` does not work here, or none of the variants asked for does, or all of them failed.
         KeyboardInterrupt: before anything was measured.
     """
     chosen, opened = find_profile(profile), opened_bundle(bundle)
@@ -86,6 +87,8 @@ def benchmark(
     selected = chosen_variants(opened, variants, chosen, device, threads, ort_options)
     names = tuple(variant.name for variant in selected)
     if baseline is not None and baseline not in names:
+        if baseline in (variant.name for variant in VARIANTS):
+            raise BadInput(f"the baseline {baseline} is not among the variants to be measured: {', '.join(names)}; widen --variants")
         raise UnknownName("baseline", baseline, names)
     sizes = sizes_of(batch_sizes or chosen.batch_sizes)
     plan = Plan(
@@ -109,11 +112,15 @@ def benchmark(
     if not found.opened:
         raise Unusable("; ".join(f"{name}: {reason}" for name, reason in found.skipped.items()))
     measured = _measured(opened, selected, plan, found)
+    if not measured:
+        kind = DamagedFile if found.damaged else Unusable
+        raise kind("; ".join(f"{failure.name}: {failure.reason}" for failure in found.failed))
     options = {"profile": profile, "baseline": baseline, "slo_s": slo_s, **dataclasses.asdict(plan)}
     return BenchReport(
         measurements=measured,
         skipped=tuple(Failure(name, reason) for name, reason in found.skipped.items()),
         environment=found.environment or environment.capture(),
+        failed=tuple(found.failed),
         options={name: value for name, value in options.items() if name not in ("bundle", "blocks", "variants")},
         limits=tuple(found.limits.values()),
         machine=tuple(found.machine),

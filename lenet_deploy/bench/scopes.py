@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lenet_deploy.runtimes import Session
 
 
+GPU_CLOCK_HZ = 2e9  # about the highest of any GPU; a slower one is held for longer, which does no harm
+
+
 class Stream(Protocol):
     """The stream that a GPU's work runs on, as far as the clock needs it."""
 
@@ -24,6 +27,9 @@ class Stream(Protocol):
 
     def synchronise(self) -> None:
         """Wait until everything started so far is done."""
+
+    def hold(self, seconds: float) -> None:
+        """Keep the GPU busy for about so long, so that what is started meanwhile runs without gaps behind it."""
 
 
 class Event(Protocol):
@@ -43,11 +49,13 @@ class Work:
     Attributes:
         start: begins a launch; on the CPU it is complete when this returns.
         finish: waits for everything started; None on the CPU.
+        compute: the model alone, on what lies on the device.
         copies: the copies to and from the GPU alone, by `h2d` and `d2h`; empty on the CPU and in the scope `device`.
     """
 
     start: Callable[[], object]
     finish: Callable[[], None] | None
+    compute: Callable[[], object]
     copies: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
     @property
@@ -80,6 +88,11 @@ class CudaStream:
     def synchronise(self) -> None:
         synchronise(self._device)
 
+    def hold(self, seconds: float) -> None:
+        import torch
+
+        torch.cuda._sleep(int(seconds * GPU_CLOCK_HZ))  # torch's own tests hold a stream with it; there is no public way
+
 
 def bench_images(count: int, preprocessing: Preprocessing) -> torch.Tensor:
     """Real uint8 images for the clock, in host memory: the values do not matter to it, denormals and constants would."""
@@ -109,7 +122,7 @@ def bind(session: Session, images: torch.Tensor, scope: str, preprocessing: Prep
     finish = stream.synchronise if stream else None
     if scope == "device":
         normalise_into(buffer, images.to(device), preprocessing)
-        return Work(session.launch, finish)
+        return Work(session.launch, finish, session.launch)
     host = images.pin_memory() if device.type == "cuda" else images
     # The shape of the scores is known after a launch, which also makes a runtime refuse a batch that it cannot run before any is timed.
     normalise_into(buffer, host.to(device), preprocessing)
@@ -121,4 +134,4 @@ def bind(session: Session, images: torch.Tensor, scope: str, preprocessing: Prep
         return out.copy_(session.launch(), non_blocking=True)
 
     copies = {"h2d": lambda: host.to(device, non_blocking=True), "d2h": lambda: out.copy_(scores, non_blocking=True)} if stream else {}
-    return Work(start, finish, copies)
+    return Work(start, finish, session.launch, copies)

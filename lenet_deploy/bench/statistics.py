@@ -45,8 +45,8 @@ def speedups(measurements: Sequence[Measurement], baseline: str) -> tuple[Speedu
     """How many times as fast as the baseline each other variant is, on the same device, at the same batch size, in the same scope.
 
     Visits of the same round of the same process are divided by each other, since they share what the machine was doing, and the pairs are
-    resampled whole. The baseline itself has entries of 1.0; a measurement without a pair has none, so a baseline that was not measured
-    gives nothing. The interval of fewer than MIN_VISITS pairs is None.
+    resampled whole, processes first (see `median_ratio_ci95`). The baseline itself has entries of 1.0; a measurement without a pair has
+    none, so a baseline that was not measured gives nothing. The interval of fewer than MIN_VISITS pairs is None.
 
     Args:
         measurements: of one run.
@@ -56,10 +56,10 @@ def speedups(measurements: Sequence[Measurement], baseline: str) -> tuple[Speedu
     found = []
     for each in measurements:
         base = bases.get(_workload(each))
-        ratios = [ratio for _, (ratio,) in paired_ratios(base, each)] if base else []
-        if ratios:
-            speedup = Speedup(each.variant, baseline, each.batch_size, each.scope, median(ratios), _median_ci95(ratios), len(ratios))
-            found.append(speedup)
+        pairs = paired_ratios(base, each) if base else ()
+        if pairs:
+            middle = median([ratio for _, (ratio,) in pairs])
+            found.append(Speedup(each.variant, baseline, each.batch_size, each.scope, middle, _median_ci95(pairs), len(pairs)))
     return tuple(found)
 
 
@@ -77,7 +77,7 @@ def median_ratio_ci95(base_visits: Visits, head_visits: Visits) -> tuple[float, 
 
     streams = np.random.default_rng(SEED).spawn(2)
     base, head = (_pooled_medians(*side) for side in zip((base_visits, head_visits), streams, strict=True))
-    tail = min(_tail(len(side), len({visit.process for visit, _ in side})) for side in (base_visits, head_visits))
+    tail = min(map(_tail, (base_visits, head_visits)))
     low, high = np.quantile(head / base, (tail, 1 - tail))
     return (float(low), float(high))
 
@@ -86,7 +86,7 @@ def _workload(measurement: Measurement) -> tuple[str, int, str]:
     return (measurement.device, measurement.batch_size, measurement.scope)
 
 
-def _tail(visits: int, processes: int = 1) -> float:
+def _tail(resampled: Visits) -> float:
     """The share of resamples beyond each end of a 95 % interval.
 
     Of a mean of n visits from k processes, which do not differ, the variance over resamples is 2 - 1/k - k/n times the true one: too little
@@ -95,28 +95,20 @@ def _tail(visits: int, processes: int = 1) -> float:
     """
     from scipy.special import ndtr, stdtrit
 
+    visits, processes = len(resampled), len({visit.process for visit, _ in resampled})
     expanded = stdtrit(visits - 1, 0.025) / math.sqrt(2 - 1 / processes - processes / visits)
     return float(ndtr(min(-Z95, expanded)))
 
 
-def _median_ci95(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the median of positive values; None below MIN_VISITS."""
-    if len(values) < MIN_VISITS:
+def _median_ci95(pairs: Visits) -> tuple[float, float] | None:
+    """95 % interval of the median of ratios, one a pair of visits; None below MIN_VISITS."""
+    if len(pairs) < MIN_VISITS:
         return None
     import numpy as np
-    from scipy.stats import bootstrap
 
-    level = 1 - 2 * _tail(len(values))
-    drawn = bootstrap(
-        (np.asarray(values),),
-        np.median,
-        n_resamples=RESAMPLES,
-        vectorized=True,
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    )
-    return (float(drawn.confidence_interval.low), float(drawn.confidence_interval.high))
+    tail = _tail(pairs)
+    low, high = np.quantile(_pooled_medians(pairs, np.random.default_rng(SEED)), (tail, 1 - tail))
+    return (float(low), float(high))
 
 
 def _pooled_medians(visits: Visits, generator: Any) -> Floats:

@@ -30,10 +30,11 @@ QUARTILE_CHANGE = 0.05
 PRECISE = 0.005  # half of the 95 % interval, as a share of the median
 MIN_VISITS = 6  # fewer have no 95 % interval (order_statistics.median_ci95)
 
-# nvbench, stdrel_criterion.cxx: more samples do not help once the relative standard deviation stays the same.
+# nvbench, stdrel_criterion.cxx: more samples do not help once the relative standard deviation stays the same. There a sample is a launch;
+# here it is the median of a visit, since the launches of one visit share the moment and would agree at once. So the window is shorter.
 MIN_SAMPLES = 10
 MIN_ACCUMULATED_S = 0.5
-TRAILING, MIN_TRAILING = 512, 64
+TRAILING = 12  # visits
 SETTLED = 0.05  # relative standard deviation of the estimates in the trailing window
 
 
@@ -123,23 +124,16 @@ def stop_reason(visits: Sequence[Sequence[float]], seconds: float) -> str | None
     middle, interval = median(samples), grouped_median_ci95(visits)
     if interval and max(interval[1] - middle, middle - interval[0]) <= PRECISE * middle:
         return "precise"
-    return "settled" if settled(samples) else None
+    return "settled" if settled([median(visit) for visit in visits]) else None
 
 
-def settled(samples: Sequence[float]) -> bool:
-    """Whether the noise stays the same: the relative standard deviation of all samples so far varies little over the last ones."""
-    if len(samples) <= MIN_TRAILING:
+def settled(medians: Sequence[float]) -> bool:
+    """Whether the noise between visits is known: its relative standard deviation has varied little over the last TRAILING visits."""
+    if len(medians) < MIN_VISITS + TRAILING:
         return False
-    origin = samples[0]  # sums of squares around it lose no digits to a large mean
-    count, total, squares = 0, 0.0, 0.0
-    noise = []
-    for sample in samples:
-        count, total, squares = count + 1, total + (sample - origin), squares + (sample - origin) ** 2
-        mean = origin + total / count
-        variance = max(0.0, squares - total * total / count) / max(1, count - 1)
-        noise.append(math.sqrt(variance) / mean if mean > 0 else math.inf)
-    window = noise[-TRAILING:]
-    return noise[-1] == 0.0 or statistics.pstdev(window) < SETTLED * noise[-1]
+    so_far = (medians[:count] for count in range(len(medians) - TRAILING + 1, len(medians) + 1))
+    noise = [statistics.stdev(each) / statistics.fmean(each) for each in so_far]
+    return statistics.pstdev(noise) <= SETTLED * noise[-1]
 
 
 def _change(first: float, second: float) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenet_deploy import environment
+from lenet_deploy.bench import nvml
 from lenet_deploy.bench.coordinator import KINDS
 from lenet_deploy.errors import LenetDeployError, Unusable
 
@@ -81,15 +82,20 @@ def measure(plan: Plan, process: int, send: Send) -> None:
         if process == 0:
             for name, session in sessions.items():
                 if session.device.type == "cpu":  # on CUDA it is the time to enqueue, which every visit measures
-                    send({"event": "overhead", "variant": name, "seconds": bench.overhead(case(name, 1, "device"))})
+                    with contextlib.suppress(Exception):  # the visits of a variant that fails say why
+                        send({"event": "overhead", "variant": name, "seconds": bench.overhead(case(name, 1, "device"))})
         sizes = {name: plan.batch_sizes.get(name) for name in sessions}
         for name, found in sizes.items():
             if found is None:
-                sizes[name] = bench.sweep(lambda size, name=name: case(name, size, "device"))  # type: ignore[misc]
+                try:
+                    sizes[name] = bench.sweep(lambda size, name=name: case(name, size, "device"))  # type: ignore[misc]
+                except Exception as error:
+                    bench.fail(case(name, 1, "device"), error)
+                    sizes[name] = ()
                 send({"event": "sizes", "variant": name, "sizes": sizes[name]})
         cases = [case(name, size, scope) for name in sessions for size in sizes[name] or () for scope in plan.scopes]
         send({"event": "cases", "count": len(cases)})
-        bench.run(cases, process)
+        bench.fitted(cases).run(cases, process)
         send({"event": "machine", **dataclasses.asdict(watch.state(process))})
 
 
@@ -99,18 +105,23 @@ def start_cold(plan: Plan, name: str, spawned_s: float, began_s: float, send: Se
     Args:
         spawned_s, began_s: when the parent started this process and when its own code began, by the clock that all processes share.
     """
+    import torch
+
     from lenet_deploy.bench.scopes import bench_images, bind, stream_of
     from lenet_deploy.bench.timing import calibrate, timer_overhead_s
     from lenet_deploy.bundle import open_bundle
-    from lenet_deploy.sources import bundle_source, bundle_variants, computing, open_session
+    from lenet_deploy.sources import bundle_source, bundle_variants, computing, device_of, open_session
 
     bundle = open_bundle(Path(plan.bundle))
     variant = bundle_variants(bundle, (name,))[0]
     source = bundle_source(bundle)
     source.read(variant)  # into the system's cache, for every variant alike
     variant.runtime.load()
-    with computing(plan.device, plan.allow_tf32, plan.threads):
-        imported_s = time.monotonic()
+    device = device_of(variant, plan.device) or variant.device
+    imported_s = time.monotonic()
+    # A variant on the CPU does not pay for a GPU's context.
+    with nvml.opened({torch.device(device)}) as gpu, computing(device, plan.allow_tf32, plan.threads):
+        used_before = nvml.memory_used_bytes(gpu)
         with open_session(source, variant, plan.device, plan.ort) as session:
             loaded_s = time.monotonic()
             stream = stream_of(session.device)
@@ -118,7 +129,7 @@ def start_cold(plan: Plan, name: str, spawned_s: float, began_s: float, send: Se
             bound_s = time.monotonic()
             work.launch()
             first_s = time.monotonic()
-            calibrate(work.launch, COLD_LIMIT_S, timer_overhead_s())
+            steady = calibrate(work.launch, COLD_LIMIT_S, timer_overhead_s()).steady
             steady_s = time.monotonic()
             size = max(itertools.chain((1,), *plan.batch_sizes.values()))
             bind(session, bench_images(size, bundle.metadata.preprocessing), "device", bundle.metadata.preprocessing, stream).launch()
@@ -129,21 +140,19 @@ def start_cold(plan: Plan, name: str, spawned_s: float, began_s: float, send: Se
                     "import_s": imported_s - began_s,
                     "load_s": loaded_s - imported_s,
                     "first_s": first_s - bound_s,
-                    "steady_s": steady_s - first_s,
+                    "steady_s": steady_s - first_s if steady else None,
                     "total_s": first_s - (bound_s - loaded_s) - spawned_s,
                     "batch_size": size,
-                    "peak_memory_bytes": peak_memory_bytes(session.device),
+                    "peak_memory_bytes": peak_memory_bytes(session.device, gpu, used_before),
                 }
             )
 
 
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory that this process held: of the GPU, as the driver counts it now, or of the machine."""
-    import torch
-
+def peak_memory_bytes(device: torch.device, gpu: nvml.Device | None, before: int | None) -> int | None:
+    """Most memory that this process held: of the machine, or what of the GPU is used now and was not before; None where NVML is silent."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(total - free)
+        now = nvml.memory_used_bytes(gpu)
+        return None if now is None or before is None else now - before
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
