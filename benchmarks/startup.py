@@ -17,7 +17,7 @@ CLI = [sys.executable, "-m", "lenet_deploy.cli"]
 CASES = {
     "python -c pass": [sys.executable, "-c", "pass"],
     "lenet-deploy --help": [*CLI, "--help"],
-    **{f"lenet-deploy {command.__name__} --help": [*CLI, command.__name__, "--help"] for command in COMMANDS},
+    **{f"lenet-deploy {command} --help": [*CLI, command, "--help"] for command in COMMANDS},
 }
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lenet_deploy.errors import BadInput
+from lenet_deploy.errors import BadInput, Inconclusive, Unusable
 
-from .errors import INTERRUPTED
+from .interrupts import INTERRUPTED
 from .options import AllowTf32, BundlePath, Device, Json, Markdown, Quiet, Variants, numbers, settings, words
-from .output import emit, note, note_skipped, progress, show
+from .output import check_outputs, emit, note, note_skipped, progress, show
 
 
 def bench(
@@ -44,19 +44,25 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Intra-op threads of torch and ONNX Runtime. Default: torch's.")] = None,
     allow_tf32: AllowTf32 = False,
     ort_option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Session option for ONNX Runtime. Repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of visits.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the order of visits. Default: 0.")] = None,
     device: Device = "auto",
     json: Json = None,
     markdown: Markdown = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure latency and throughput of every variant that runs here, interleaved, by one clock."""
+    check_outputs(json, markdown)
+    options = settings(ort_option, "--ort-option")
+    if threads is not None and "intra_op_num_threads" in options:
+        raise BadInput("--threads and --ort-option intra_op_num_threads contradict each other; leave one out")
+    if any(key.startswith("session.") for key in options):
+        note("note: ONNX Runtime does not check keys that begin with session.; a mistyped one has no effect", quiet)
     shared: dict[str, Any] = {
-        "variants": words(variants) if variants else None,
+        "variants": None if variants is None else words(variants),
         "profile": profile,
         "threads": threads,
         "allow_tf32": allow_tf32,
-        "ort_options": settings(ort_option, "--ort-option"),
+        "ort_options": options,
         "device": device,
     }
     # What goes with measurements alone, and what with a scenario alone: nothing given is silently without effect.
@@ -69,17 +75,26 @@ def bench(
         "--baseline": baseline,
         "--cold-start": cold_start,
         "--batch auto": True if batch == "auto" else None,
+        "--seed": seed,
     }
     load = {"--latency-bound-ms": latency_bound_ms, "--duration": duration}
-    if trace:
+    if trace is not None:
         _refuse("--trace", {**timing, **load, "--scenario": scenario, "--json": json, "--markdown": markdown})
         _trace(bundle, trace, numbers(batch), shared, quiet)
         return
     if scenario:
         _refuse("--scenario", timing)
+        if scenario != "server":
+            _refuse(f"--scenario {scenario}", {"--latency-bound-ms": latency_bound_ms})
+        if scenario.endswith("-stream"):
+            _refuse(f"--scenario {scenario}, whose queries are one launch each", {"--batch": batch})
+        if batch is not None and len(words(batch)) > 1:
+            raise BadInput(f"--batch {batch}: --scenario takes one number, the most images in a launch")
         _load(bundle, scenario, numbers(batch), duration, latency_bound_ms, shared, json, markdown, quiet)
         return
     _refuse("a bench without --scenario", load)
+    if rounds is not None:
+        _refuse("--rounds, which says how much is measured", {"--limit": limit})
     from lenet_deploy import api
     from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table
     from lenet_deploy.store import bench_json
@@ -97,15 +112,19 @@ def bench(
             limit_s=limit,
             baseline=baseline,
             cold_start=cold_start,
-            seed=seed,
+            seed=seed or 0,
             progress=advance,
             **shared,
         )
     note_skipped(report.skipped, quiet)
     emit(bench_table(report), lambda: bench_json(report), json, markdown, *bench_notes(report), markdown=lambda: bench_markdown(report))
+    if report.failed:
+        raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in report.failed))
     if report.partial:
         note(f"partial: {report.partial}")
         raise typer.Exit(INTERRUPTED)
+    if slo_ms is not None and not any(each.within_slo for each in report.batches):
+        note(f"no batch size keeps {slo_ms:g} ms", quiet)
 
 
 def _refuse(what: str, options: Mapping[str, object]) -> None:
@@ -144,6 +163,14 @@ def _load(
     note_skipped(report.skipped, quiet)
     probes = (f"\n{result.variant}: rates tried\n{to_text(probe_table(result))}" for result in report.loads if result.probes)
     emit(load_table(report.loads), lambda: bench_json(report), json, markdown, *probes, "", environment_line(report.environment))
+    if report.partial:
+        note(f"partial: {report.partial}")
+        raise typer.Exit(INTERRUPTED)
+    invalid = [result.variant for result in report.loads if not result.valid]
+    if invalid:
+        raise Inconclusive(
+            f"LoadGen calls the run of {', '.join(invalid)} invalid, so its figures hold for nothing; the reason is in the table"
+        )
 
 
 def _trace(bundle: Path, directory: Path, sizes: tuple[int, ...] | None, shared: dict[str, Any], quiet: bool) -> None:

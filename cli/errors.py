@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import typer
 
 from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, Inconclusive, LenetDeployError, Unusable
+
+from .interrupts import INTERRUPTED, raise_if_interrupted, say_interrupted, was_interrupted
 
 CANNOT_WRITE = 5
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -27,7 +26,6 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 # typer once raised click's exceptions and now raises its own copies; this is the base of all usage errors in both.
 USAGE_ERROR: Any = typer.BadParameter.__base__
-INTERRUPTED = 130
 UNEXPECTED = 70  # sysexits.h EX_SOFTWARE: a defect of this program
 
 
@@ -46,46 +44,28 @@ def run(application: typer.Typer) -> int:
         error.show()
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted; nothing is half-written")
-        return INTERRUPTED
+        return say_interrupted()
     except (BrokenPipeError, SystemExit):
         # The reader of a pipe (head, less) has gone, which typer turns into an exit of its own: not an error.
         discard_stdout()
         return 0
     except OSError as error:
         _debug()
+        if was_interrupted():
+            return say_interrupted()
         if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF):
             return _unexpected(error)
         discard_stdout()
         _say(f"error: standard output cannot be written ({error.strerror}); free space or send it elsewhere")
         return CANNOT_WRITE
-    except LenetDeployError as error:
-        _debug()
-        _say(f"error: {error}")
-        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except Exception as error:
         _debug()
-        return _unexpected(error)
-
-
-_interrupted = threading.Event()
-
-
-def take_interrupts() -> None:
-    """Remember Ctrl-C for as long as the process lives, and keep its traces in clean-up code off the screen."""
-    signal.signal(signal.SIGINT, _interrupt)
-    sys.unraisablehook = lambda left: None if issubclass(left.exc_type, KeyboardInterrupt) else sys.__unraisablehook__(left)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _interrupted.set()
-    raise KeyboardInterrupt
-
-
-def raise_if_interrupted() -> None:
-    """Raise KeyboardInterrupt again if one was raised before: torch's exporters swallow some."""
-    if _interrupted.is_set():
-        raise KeyboardInterrupt
+        if was_interrupted() and not isinstance(error, CannotWrite):  # what an import or a library made of it
+            return say_interrupted()
+        if not isinstance(error, LenetDeployError):
+            return _unexpected(error)
+        _say(f"error: {error}")
+        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
 
 
 def discard_stdout() -> None:

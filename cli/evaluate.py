@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .options import Data, DataDir, Device, Download, Json, Quiet, Seed, What
-from .output import emit, note_if_fresh, note_skipped
+from .output import check_outputs, emit, note_if_fresh, note_skipped
 
 
 def evaluate(
@@ -17,6 +17,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy on the test split: of a checkpoint, of one artifact, or of every variant of a bundle."""
+    check_outputs(json)
     from lenet_deploy import api
     from lenet_deploy.data import load_dataset
     from lenet_deploy.report.tables import accuracy_table

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from lenet_deploy.errors import BadInput, CannotWrite
 from lenet_deploy.models import MODELS
 
-from .errors import discard_stdout, raise_if_interrupted
+from .errors import discard_stdout
+from .interrupts import raise_if_interrupted
 
 if TYPE_CHECKING:
     from lenet_deploy.records import Failure
@@ -35,14 +37,38 @@ def emit(
     from lenet_deploy.report.table import to_markdown, to_text
     from lenet_deploy.store import write_file
 
-    if json_to not in (None, "-"):  # files first: the reader of standard output may have gone
-        write_file(Path(str(json_to)), text().encode())
-    if markdown_to is not None:
-        write_markdown(markdown_to, markdown() if markdown else to_markdown(table) + "\n")
-    if json_to == "-":
-        show(text().removesuffix("\n"))
-    else:
-        show(to_text(table), *lines)
+    try:
+        if json_to not in (None, "-"):  # files first: the reader of standard output may have gone
+            write_file(Path(str(json_to)), text().encode())
+        if markdown_to is not None:
+            write_markdown(markdown_to, markdown() if markdown else to_markdown(table) + "\n")
+    finally:  # a disk that is full takes the file alone
+        if json_to == "-":
+            show(text().removesuffix("\n"))
+        else:
+            show(to_text(table), *lines)
+
+
+def check_outputs(json_to: str | None, *others: Path | None) -> None:
+    """Refuse before anything is measured what could not be written after it.
+
+    Raises:
+        BadInput: two of them are the same file, or one of the others is `-`.
+        CannotWrite: a folder that does not exist or takes no files, or a folder in the file's place.
+    """
+    files = [path for path in (None if json_to in (None, "-") else Path(str(json_to)), *others) if path is not None]
+    if Path("-") in others:
+        raise BadInput("- is standard output for --json alone; name a file")
+    for number, path in enumerate(files):
+        if path.is_dir():
+            raise CannotWrite(f"{path}: cannot be written: a folder stands there; name a file in it")
+        if not path.parent.is_dir():
+            raise CannotWrite(f"{path}: cannot be written: {path.parent} is no folder; make it first")
+        if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+            raise CannotWrite(f"{path}: cannot be written: no permission; choose another place")
+        to_a_file = path.is_file() or not path.exists()  # pipes and devices take several
+        if to_a_file and path.resolve() in [other.resolve() for other in files[:number]]:
+            raise BadInput(f"two results would go to {path}, and the one would replace the other; name two files")
 
 
 def show(*lines: str) -> None:
@@ -106,9 +132,12 @@ def note_if_fresh(what: str, seed: int, quiet: bool) -> None:
 
 
 def note_skipped(failures: Iterable[Failure], quiet: bool) -> None:
-    """One line a variant that does not run here."""
+    """One line a reason why variants do not run here."""
+    by_reason: dict[str, list[str]] = {}
     for failure in failures:
-        note(f"skipped: {failure.name}: {failure.reason}", quiet)
+        by_reason.setdefault(failure.reason, []).append(failure.name)
+    for reason, names in by_reason.items():
+        note(f"skipped: {', '.join(names)}: {reason}", quiet)
 
 
 @contextlib.contextmanager

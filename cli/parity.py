@@ -26,7 +26,7 @@ from .options import (
     numbers,
     words,
 )
-from .output import emit, note, progress, verdict
+from .output import check_outputs, emit, note, progress, verdict
 
 
 def parity(
@@ -46,6 +46,7 @@ def parity(
     quiet: Quiet = False,
 ) -> None:
     """Judge every variant of a bundle against the float64 oracle; exit 1 on a mismatch."""
+    check_outputs(json, markdown, junit)
     from lenet_deploy import api
     from lenet_deploy.report.junit import parity_junit
     from lenet_deploy.report.summary import parity_markdown

@@ -830,6 +830,8 @@ class ComparisonReport:
 
     @property
     def verdict(self) -> str:
-        """`slower` when any case is, else `inconclusive` when any is, else `not slower`."""
+        """`slower` when any case is, else `incomplete` when head lacks one of base, else `inconclusive` when any is, else `not slower`."""
         found = {row.verdict for row in self.rows}
+        if "only in base" in found and "slower" not in found:
+            return "incomplete"  # a variant that no longer runs must not pass a gate
         return next((verdict for verdict in ("slower", "inconclusive") if verdict in found), "not slower")

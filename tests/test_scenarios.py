@@ -673,7 +673,7 @@ RESULT = LoadResult(
     value=12345.6,
     queries=52,
     latencies_s={"p50": 0.0004, "p90": 0.0021, "p99": None},
-    settings={"target_qps": 13000.0},
+    settings={"target_qps": 13000.0, "min_duration_s": 10.0},
     summary={"Result is": "INVALID"},
     reasons=("Reduce target QPS to improve latency.", "Run unsuccessful."),
     probes=(LoadProbe(6500.0, True, 0.0123, 1300), LoadProbe(13000.0, False, None, 52)),
@@ -685,6 +685,11 @@ def test_the_table_has_the_verdict_the_figure_with_its_unit_and_the_reasons() ->
     assert row[:5] == ("onnx/ort-cpu/fp32", "server", "invalid", "qps", "12,346 queries/s")
     assert row[5:9] == ("400.0 us", "2.100 ms", "-", "-")
     assert row[9:] == ("52", "Reduce target QPS to improve latency.; Run unsuccessful.")
+
+
+def test_a_run_shorter_than_usual_says_so() -> None:
+    short = dataclasses.replace(RESULT, settings={"min_duration_s": 0.5}, reasons=())
+    assert load_table([short]).rows[0][-1] == "of 0.5 s, where 10 s are usual"
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def load_test(
     Raises:
         BadInput: as `benchmark`, or an unknown scenario.
         Unusable: LoadGen is not installed, or none of the variants works here.
-        KeyboardInterrupt: on Ctrl-C, with nothing left behind.
+        KeyboardInterrupt: on Ctrl-C before the first variant is done, with nothing left behind; later ones end the run, marked as partial.
     """
     from lenet_deploy.bench.load import find_scenario
     from lenet_deploy.bench.loadgen import load_binding
@@ -71,10 +71,10 @@ def load_test(
             return run_scenario(session, images, spec, scenario, variant=variant.name, progress=progress, **asked)  # type: ignore[arg-type]
 
     with computing(device, allow_tf32, threads):
-        found, skipped = _each(bundle_source(opened), selected, one)
+        found, skipped, partial = _each(bundle_source(opened), selected, one)
         captured = environment.capture()
     options = {"profile": profile, "scenario": scenario, "threads": threads, "allow_tf32": allow_tf32, "ort": dict(ort_options or {})}
-    return BenchReport((), skipped, captured, options=options, loads=found)
+    return BenchReport((), skipped, captured, options=options, loads=found, partial=partial)
 
 
 def trace(
@@ -122,14 +122,16 @@ def trace(
             progress(next(done), len(selected) * len(sizes), variant.name)
 
     with computing(device, allow_tf32, threads):
-        found, skipped = _each(bundle_source(opened), selected, one)
+        found, skipped, partial = _each(bundle_source(opened), selected, one)
+    if partial:
+        raise KeyboardInterrupt  # its traces are files, each whole
     return tuple(report for reports in found for report in reports), skipped
 
 
 def _each(
     source: Source, variants: Iterable[Variant], make: Callable[[Source, Variant], Made]
-) -> tuple[tuple[Made, ...], tuple[Failure, ...]]:
-    """What `make` gives for each variant that works here, and why the others do not; raises Unusable where none does."""
+) -> tuple[tuple[Made, ...], tuple[Failure, ...], str | None]:
+    """What `make` gives for each variant that works here, why the others do not, and why it is not all; raises Unusable where none does."""
     made: list[Made] = []
     skipped: list[Failure] = []
     for variant in variants:
@@ -137,6 +139,10 @@ def _each(
             made.append(make(source, variant))
         except Unusable as error:
             skipped.append(Failure(variant.name, str(error)))
+        except KeyboardInterrupt:
+            if not made:
+                raise
+            return tuple(made), tuple(skipped), f"interrupted during {variant.name}; those before it are whole"
     if not made:
         raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in skipped))
-    return tuple(made), tuple(skipped)
+    return tuple(made), tuple(skipped), None

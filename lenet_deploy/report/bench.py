@@ -38,7 +38,7 @@ def _ratio(speedup: Speedup | None) -> str:
         return "-"
     if speedup.variant == speedup.baseline:
         return "1 (baseline)"
-    return f"{speedup.ratio:.2f}" + (f" ({speedup.ci95[0]:.2f} - {speedup.ci95[1]:.2f})" if speedup.ci95 else "")
+    return f"{speedup.ratio:.2f} ({speedup.ci95[0]:.2f} - {speedup.ci95[1]:.2f})" if speedup.ci95 else f"~{speedup.ratio:.2f}"
 
 
 def sections(report: BenchReport) -> tuple[tuple[str, Table], ...]:
@@ -52,10 +52,18 @@ def sections(report: BenchReport) -> tuple[tuple[str, Table], ...]:
 
 
 def remarks(report: BenchReport) -> tuple[str, ...]:
-    """What makes the numbers less than they seem: an interrupted run, a noisy machine."""
+    """What makes the numbers less than they seem: what failed or was cut short, a noisy machine."""
     partial = (f"partial: {report.partial}",) if report.partial else ()
+    failed = tuple(f"failed: {each.name}: {each.reason}" for each in report.failed)
+    cut = sum(row.stop == "time limit" and row.ci95_s is None for row in report.measurements)
+    short = (f"{cut} rows have no interval: the time limit left too few visits; raise --limit or measure less",) if cut else ()
     noisy = dict.fromkeys(remark for state in report.machine for remark in state.remarks)
-    return (*partial, *(f"noisy machine: {remark}" for remark in noisy))
+    said = tuple(f"noisy machine: {remark}" for remark in noisy)
+    unsteady = sum(any("noisy" in each or "drift" in each for each in row.warnings) for row in report.measurements)
+    if not said and 2 * unsteady > len(report.measurements):
+        rows = len(report.measurements)
+        said = (f"{unsteady} of {rows} rows are noisy, and this machine shows no cause: perhaps others on the same hardware",)
+    return (*partial, *failed, *short, *said)
 
 
 def bench_notes(report: BenchReport) -> tuple[str, ...]:

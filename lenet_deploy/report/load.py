@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lenet_deploy.records import LoadResult
+from lenet_deploy.report.bench import seconds
 from lenet_deploy.report.table import Table
 
+DURATION_S = 10.0  # what a load lasts at least unless asked otherwise
 SHOWN = ("p50", "p90", "p99", "p99.9")
 
 
@@ -19,31 +21,30 @@ def load_table(results: Iterable[LoadResult]) -> Table:
             "valid" if result.valid else "invalid",
             result.metric.removesuffix("_s").removesuffix("_ips").replace("_", " "),
             _value(result),
-            *(_time(result.latencies_s.get(name)) for name in SHOWN),
+            *(seconds(result.latencies_s.get(name)) for name in SHOWN),
             f"{result.queries:,}",
-            "; ".join(result.reasons),
+            "; ".join((*_short(result), *result.reasons)),
         )
         for result in results
     )
-    return Table(("variant", "scenario", "verdict", "metric", "value", *SHOWN, "queries", "reason"), rows)
+    return Table(("variant", "scenario", "verdict", "metric", "value", *SHOWN, "queries", "remarks"), rows)
 
 
 def probe_table(result: LoadResult) -> Table:
     """One row a rate that was tried in `server`, in order."""
     rows = tuple(
-        (f"{probe.target_qps:,.0f}", "valid" if probe.valid else "invalid", _time(probe.latency_p99_s), f"{probe.queries:,}")
+        (f"{probe.target_qps:,.0f}", "valid" if probe.valid else "invalid", seconds(probe.latency_p99_s), f"{probe.queries:,}")
         for probe in result.probes
     )
     return Table(("queries/s", "verdict", "p99", "queries"), rows)
 
 
+def _short(result: LoadResult) -> tuple[str, ...]:
+    asked = result.settings["min_duration_s"]
+    return (f"of {asked:g} s, where {DURATION_S:g} s are usual",) if asked < DURATION_S else ()
+
+
 def _value(result: LoadResult) -> str:
     if result.metric.endswith("_s"):
-        return _time(result.value)
+        return seconds(result.value)
     return f"{result.value:,.0f} {'images/s' if result.metric.endswith('_ips') else 'queries/s'}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds * 1e6:,.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:,.3f} ms"

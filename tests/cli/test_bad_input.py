@@ -229,6 +229,15 @@ VALUES = [
     ("bench bundle --scenario offlin", "unknown scenario 'offlin'", "offline"),
     ("bench bundle --latency-bound-ms 5", "--latency-bound-ms", "leave it out"),
     ("bench bundle --trace traces --json x.json", "--json cannot be used with --trace", "leave it out"),
+    ("bench bundle --trace traces --seed 1", "--seed cannot be used with --trace", "leave it out"),
+    ("bench bundle --scenario offline --latency-bound-ms 1", "--latency-bound-ms cannot be used with --scenario offline", "leave it out"),
+    ("bench bundle --scenario single-stream --batch 8", "--batch cannot be used with --scenario single-stream", "leave it out"),
+    ("bench bundle --scenario offline --batch 8,16", "--batch 8,16", "one number"),
+    ("bench bundle --rounds 2 --limit 3", "--limit cannot be used with --rounds", "leave it out"),
+    ("bench bundle --threads 1 --ort-option intra_op_num_threads=2", "--threads and --ort-option", "leave one out"),
+    ("bench bundle --variants onnx/ort-cpu/fp32 --baseline eager/torch-cpu/fp32", "is not among the variants", "widen --variants"),
+    ("bench bundle --json x.out --markdown x.out", "two results would go to x.out", "name two files"),
+    ("bench bundle --markdown -", "standard output for --json alone", "name a file"),
     ("bench bundle --scenario offline --rounds 3", "--rounds cannot be used with --scenario", "leave it out"),
     ("train --epochs 0", "epochs is 0", "at least 1"),
     ("train --batch-size 0", "batch-size is 0", "at least 1"),
@@ -338,6 +347,8 @@ UNWRITABLE = [
     "parity bundle --variants eager/torch-cpu/* --batch 1 --markdown absent/parity.md",
     "parity bundle --variants eager/torch-cpu/* --batch 1 --junit absent/parity.xml",
     "parity bundle --variants eager/torch-cpu/* --batch 1 --junit folder",
+    "bench bundle --rounds 1 --json absent/bench.json",
+    "bench bundle --rounds 1 --markdown folder",
 ]
 
 

@@ -47,6 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "both.json": bench(eager=1.2e-3, ort=1.031e-4),
         "elsewhere.json": bench(dataclasses.replace(MACHINE, cpu="Another CPU"), eager=2e-3, ort=2e-4),
         "another.json": bench(other=1e-3),
+        "fewer.json": bench(eager=1e-3),
         "parity.json": parity_json(ParityReport((), (), MACHINE)),
         "truncated.json": whole[: len(whole) // 2],
         "text.json": "no JSON at all",
@@ -180,6 +181,18 @@ def test_an_output_that_cannot_be_written_exits_5(compare: Compare) -> None:
     code, out, err = compare("base.json", "base.json", "--json", "absent/out.json")
     assert (code, out) == (5, "")
     assert "cannot be written" in err
+
+
+def test_a_case_that_head_lacks_does_not_pass_and_is_named(compare: Compare) -> None:
+    code, out, err = compare("base.json", "fewer.json")
+    assert code == 4
+    assert "verdict: incomplete" in out
+    assert "not measured in fewer.json: ort (batch 1, device)" in err
+    assert compare("fewer.json", "base.json")[0] == 0
+
+
+def test_a_file_against_itself_is_said(compare: Compare) -> None:
+    assert "both files are the same result" in compare("base.json", "base.json")[2]
 
 
 def test_a_result_of_version_1_is_read_and_inconclusive(compare: Compare) -> None:

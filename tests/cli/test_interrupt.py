@@ -32,21 +32,21 @@ import json, os, random, shutil, signal, sys, threading, time
 from pathlib import Path
 import torch
 from lenet_deploy import api
-from lenet_deploy.cli import errors
+from lenet_deploy.cli import interrupts
 from lenet_deploy.sources import load
 
-errors.take_interrupts()  # as the command line does: torch swallows some interrupts
+interrupts.take_interrupts()  # as the command line does: torch swallows some interrupts
 torch.set_num_threads(1)
 root, checkpoint, chance = Path(sys.argv[1]), load("lenet5"), random.Random(0)
 for trial in range(-2, int(sys.argv[2])):  # the first two warm up and take the time
     start = time.perf_counter()
     timer = threading.Timer(chance.uniform(0, 0.8) * usual if trial >= 0 else 3600, os.kill, (os.getpid(), signal.SIGINT))
     timer.daemon = True
-    errors._interrupted.clear()
+    interrupts._interrupted.clear()
     timer.start()
     try:
-        api.export(checkpoint, root / "bundle", device="cpu", progress=lambda *step: errors.raise_if_interrupted())
-        errors.raise_if_interrupted()
+        api.export(checkpoint, root / "bundle", device="cpu", progress=lambda *step: interrupts.raise_if_interrupted())
+        interrupts.raise_if_interrupted()
         usual = time.perf_counter() - start
         if trial < 0:
             timer.cancel()
@@ -205,3 +205,20 @@ def test_head_takes_the_first_line_without_complaint() -> None:
     assert done.stdout.startswith("layer ")
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("wait_s", [0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize("arguments", [("--help",), ("bench", "absent"), ("compare", "absent", "absent")], ids=lambda words: words[0])
+def test_an_interrupt_while_modules_are_imported_is_no_traceback(wait_s: float, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    # Counted from where Python and the library stand, before which nothing of the command line's can be there.
+    program = AS_FROM_A_TERMINAL.replace("app()", "import os; os.write(1, b'.'); app()")
+    command = [sys.executable, "-c", program, *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == "."
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE_S)
+    assert "Traceback" not in err, err
+    if process.returncode not in (0, 2):  # it was quicker
+        assert process.returncode in (130, -signal.SIGINT)
