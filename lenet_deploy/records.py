@@ -457,7 +457,7 @@ LAUNCH_BOUND = 0.8  # TensorRT, sampleReporting.cpp: enqueue against compute
 
 # Why a process ended with a case, from the strongest to the weakest reason. `precise`: the 95 % interval of its median is narrow enough.
 # `settled`: the noise between visits is known. `rounds`: as many as were asked for. `time limit`: the profile's. `interrupted`: by Ctrl-C,
-# or its process died.
+# or it failed, or its process died.
 STOPS = ("precise", "settled", "rounds", "time limit", "interrupted")
 
 
@@ -487,7 +487,7 @@ class ColdStart:
         import_s: importing what the variant needs.
         load_s: opening the artifact as a session.
         first_s: the first inference at batch 1.
-        steady_s: from then on until launches were steady; None where they did not become so in two seconds.
+        steady_s: from then on until launches were steady; None where they did not within 300 of them or two seconds.
         total_s: from the start of the process to the first answer.
         batch_size: the largest of the run, launched once at the end, for the memory.
         peak_memory_bytes: most memory held, on the CPU of the process; of the GPU what came to be used since the start.

@@ -84,7 +84,7 @@ def test_every_variant_has_a_cold_start_that_adds_up(report: BenchReport) -> Non
     assert [cold.variant for cold in report.cold_starts] == list(dict.fromkeys(m.variant for m in report.measurements))
     for cold in report.cold_starts:
         assert 0 < cold.load_s + cold.first_s + cold.import_s <= cold.total_s
-        assert cold.steady_s > 0
+        assert cold.steady_s is None or cold.steady_s > 0  # None where the machine is too busy for launches to agree
         assert cold.batch_size == 2
         assert cold.peak_memory_bytes is not None
         assert cold.peak_memory_bytes > 50e6, "torch alone is more"

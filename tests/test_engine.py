@@ -366,10 +366,10 @@ def test_visits_are_shortened_until_the_rounds_fit_into_the_limit() -> None:
 
 
 def test_what_the_gpu_computes_is_timed_without_the_hosts_pace() -> None:
-    world = World(enqueue_s=0.01, gpu_s=0.001)  # the host is ten times slower
+    world = World(enqueue_s=1e-4, gpu_s=1e-5)  # the host is ten times slower
     for event in visits(run([case(world, gpu=True)], world)):
-        assert event["gpu_times_s"] == pytest.approx([0.001] * DETAIL_LAUNCHES)
-        assert event["enqueue_times_s"] == pytest.approx([0.01] * DETAIL_LAUNCHES)
+        assert event["gpu_times_s"] == pytest.approx([1e-5] * DETAIL_LAUNCHES)
+        assert event["enqueue_times_s"] == pytest.approx([1e-4] * DETAIL_LAUNCHES)
 
 
 class Spinning(FakeSession):

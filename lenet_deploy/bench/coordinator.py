@@ -24,7 +24,7 @@ COMMAND = (sys.executable, "-P", "-m", "lenet_deploy.bench.worker")
 # The errors of a worker by number, the most special first.
 KINDS = (DamagedFile, BadInput, Unusable, LenetDeployError)
 
-SILENCE_S = 300.0  # without an event a worker hangs, in a driver for one: no visit, warm-up or export of a runtime's cache takes as long
+SILENCE_S = 300.0  # without an event a worker hangs, in a driver for one: no visit, warm-up or opening of a session takes as long
 
 Key = tuple[str, int, str]  # variant, batch size, scope
 Progress = Callable[[int, int, str], None]
@@ -103,7 +103,9 @@ class Gathered:
                 self.cold.append(ColdStart(**values))
             case "failed":
                 self.damaged |= values["damaged"]
-                self.failed.append(Failure(values["variant"], f"batch {values['batch_size']}, {values['scope']}: {values['reason']}"))
+                failure = Failure(values["variant"], f"batch {values['batch_size']}, {values['scope']}: {values['reason']}")
+                if failure not in self.failed:  # it does so in every process
+                    self.failed.append(failure)
             case "cases":
                 self.cases = values["count"]
             case "case":

@@ -32,7 +32,7 @@ REVISIT_LAUNCHES = 5  # before the times of a later visit: caches and thread poo
 SINGLES_SHARE = 0.25  # of a visit is spent on launches timed alone, where blocks are longer
 BURSTS = 10  # in a window on a GPU, at least; two of them are in the queue at any time
 DETAIL_LAUNCHES = 20  # of each visit on a GPU are taken apart: enqueue, the GPU's own time, copies
-HOLD = 2.0  # times what the host needs to start a launch: the GPU is kept busy until it lies ready
+HOLD, MAX_HOLD_S = 4.0, 2e-3  # times what the host needs to start a launch: the GPU is kept busy until it lies ready
 
 # What a visit takes in all, in its timed launches: with launches timed alone on the CPU; with the window and the details on a GPU.
 VISIT_COST = {"cpu": 1 + SINGLES_SHARE, "cuda": 2.5}
@@ -233,7 +233,7 @@ class Bench:
             work.start()
             found["enqueue_times_s"].append(self.clock() - before)
             stream.synchronise()
-        hold_s = HOLD * max(found["enqueue_times_s"])
+        hold_s = min(MAX_HOLD_S, HOLD * median(found["enqueue_times_s"]))
         for name, part in {"gpu": work.compute, **work.copies}.items():
             found[f"{name}_times_s"] = [_gpu_s(part, stream, hold_s) for _ in range(DETAIL_LAUNCHES)]
         return found
