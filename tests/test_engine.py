@@ -198,12 +198,12 @@ def test_on_the_cpu_the_timed_launches_are_the_window() -> None:
 
 
 def test_on_a_gpu_latency_waits_for_each_launch_and_the_window_does_not() -> None:
-    world = World(enqueue_s=0.01, gpu_s=0.04)
+    world = World(enqueue_s=1e-4, gpu_s=4e-4)
     for event in visits(run([case(world, 8, gpu=True)], world)):
-        assert event["times_s"] == [pytest.approx(0.05)] * len(event["times_s"])
-        assert event["enqueue_times_s"] == [pytest.approx(0.01)] * DETAIL_LAUNCHES
-        assert event["gpu_times_s"] == [pytest.approx(0.04)] * DETAIL_LAUNCHES, "the host does not count"
-        assert event["window_s"] / (event["window_images"] / 8) == pytest.approx(0.04, rel=0.05), "the GPU never waits for the host"
+        assert event["times_s"] == [pytest.approx(5e-4)] * len(event["times_s"])
+        assert event["enqueue_times_s"] == [pytest.approx(1e-4)] * DETAIL_LAUNCHES
+        assert event["gpu_times_s"] == [pytest.approx(4e-4)] * DETAIL_LAUNCHES, "the host does not count"
+        assert event["window_s"] / (event["window_images"] / 8) == pytest.approx(4e-4, rel=0.05), "the GPU never waits for the host"
 
 
 def test_energy_is_that_of_the_window_and_a_throttled_visit_is_flagged_and_kept() -> None:
