@@ -24,14 +24,15 @@ def demo(
     """Train LeNet-5 on the embedded digits, export it, prove the exports equal, and measure them: under a minute."""
     from lenet_deploy import api
     from lenet_deploy.data import load_dataset
+    from lenet_deploy.recipes import find_recipe
     from lenet_deploy.report.bench import bench_table
     from lenet_deploy.report.table import to_text
     from lenet_deploy.report.tables import accuracy_table, artifact_table, environment_line, parity_table
     from lenet_deploy.store import bench_json, make_folder, parity_json, write_file
-    from lenet_deploy.train import TrainConfig, resolve
+    from lenet_deploy.train import resolve
 
     digits = load_dataset("digits")
-    config = TrainConfig("lenet5", SETTINGS, device=device)
+    config = find_recipe("fast").config("lenet5", "digits", settings=SETTINGS, device=device)
     resolve(config, digits)  # whatever is wrong is said before a folder is made
     make_folder(out)
     note("1/4 train lenet5 on the embedded digits", quiet)

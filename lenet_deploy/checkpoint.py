@@ -124,7 +124,7 @@ def from_bytes(data: bytes, where: str, model: str | None = None, settings: Mapp
         weights = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DamagedFile(f"{where}: not a readable safetensors file ({error}); it is truncated, altered or of another kind") from None
-    metadata = _header_metadata(data)
+    metadata = header_metadata(data)
     text = metadata.get(METADATA_KEY)
     if text is None and any(SCHEMA in value for value in metadata.values()):
         raise DamagedFile(f"{where}: a checkpoint whose metadata has lost its name; the file was altered, get a fresh copy")
@@ -268,7 +268,8 @@ def is_torchscript(data: bytes) -> bool:
         return False
 
 
-def _header_metadata(data: bytes) -> dict[str, str]:
+def header_metadata(data: bytes) -> dict[str, str]:
+    """The metadata in the header of a safetensors file that has been parsed already."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])  # safetensors has parsed it already, so it is well-formed
     metadata: dict[str, str] = header.get("__metadata__") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Callable
@@ -96,6 +97,15 @@ def load_npz(data: bytes, name: str, labels: tuple[str, ...] | None = None) -> D
     except Exception as error:  # damaged bytes make zipfile, zlib and numpy's header parser fail in every way there is
         raise DamagedFile(f"{name}: not a readable .npz ({first_line(error)}); it is truncated, altered or of another kind") from None
     return _assembled(name, labels, arrays)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Digest of the images and labels of both splits, whatever file they came from."""
+    hasher = hashlib.sha256()
+    for tensor in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+        hasher.update(f"{tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.contiguous().numpy().data)
+    return hasher.hexdigest()
 
 
 def preprocessing_for(dataset: Dataset, channels: int, size: int, pixel_range: tuple[float, float]) -> Preprocessing:

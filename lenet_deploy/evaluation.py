@@ -15,6 +15,7 @@ from lenet_deploy.variants import Variant, select_variants
 if TYPE_CHECKING:
     import torch
 
+    from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.data import Dataset
     from lenet_deploy.runtimes import Session
 
@@ -108,6 +109,18 @@ def predict(
                 for path, row, values in zip(images, ranked.indices.tolist(), ranked.values.tolist(), strict=True)
             )
     raise Unusable("; ".join(reasons))
+
+
+def probabilities(checkpoint: Checkpoint, images: torch.Tensor) -> torch.Tensor:
+    """Softmax of a checkpoint's scores, float32 (N, classes), of uint8 images (N, C, H, W) of any size, on the CPU."""
+    import torch
+
+    from lenet_deploy.data import fit, normalise
+    from lenet_deploy.train import EVALUATION_BATCH
+
+    module, spec = checkpoint.module(), checkpoint.preprocessing
+    with torch.inference_mode():
+        return torch.cat([module(normalise(batch, spec)).softmax(dim=1) for batch in fit(images, spec).split(EVALUATION_BATCH)])
 
 
 def _scores(source: Source, session: Session, images: torch.Tensor) -> torch.Tensor:

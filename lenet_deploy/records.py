@@ -640,6 +640,7 @@ class EpochStats:
         lr: learning rate at the epoch's end.
         accuracy: percent on the test split after the epoch.
         images_per_s: training images per wall-clock second, evaluation excluded.
+        seconds: of the epoch, evaluation excluded.
     """
 
     epoch: int
@@ -647,6 +648,7 @@ class EpochStats:
     lr: float
     accuracy: float
     images_per_s: float
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
