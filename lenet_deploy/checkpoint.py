@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -20,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lenet_deploy import foreign
 from lenet_deploy.data import make_preprocessing
 from lenet_deploy.errors import BadInput, DamagedFile, InvalidConfig, LenetDeployError, first_line
 from lenet_deploy.models import MODELS, Model, find_model, initialise
@@ -28,6 +30,9 @@ from lenet_deploy.records import ArtifactMetadata, Preprocessing
 from lenet_deploy.store import check_zip, digest, read_file
 
 METADATA_KEY = "lenet_deploy"
+FOREIGN = "lenet5"  # what tensors under other names are recognised as
+UNSCALED = "pixels from 0 to 1, with no mean and deviation"
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # where others keep the tensors in what they save
 SCHEMA = "lenet-deploy/checkpoint/1"
 
 
@@ -118,6 +123,8 @@ def from_bytes(data: bytes, where: str, model: str | None = None, settings: Mapp
         raise DamagedFile(f"{where}: the file is empty")
     if is_torchscript(data):
         raise DamagedFile(f"{where}: a TorchScript archive, not a checkpoint; predict, evaluate and inspect take it, export needs weights")
+    if _is_npz(data):
+        return _adopt(_arrays(data, where), where, model, settings or {})
     if _is_pickle(data):
         return _adopt(_state_dict(data, where), where, model, settings or {})
     try:
@@ -185,21 +192,43 @@ def _decode(text: str, weights: dict[str, torch.Tensor], where: str) -> Checkpoi
 
 
 def _adopt(weights: dict[str, torch.Tensor], where: str, name: str | None, settings: Mapping[str, str]) -> Checkpoint:
-    """A checkpoint from a bare state_dict: the first model, as configured, whose tensors it fits."""
+    """A checkpoint from a bare state_dict: the first model whose names and shapes it has, or a LeNet-5 under other names."""
+    weights = _without_prefix(weights)
     candidates = (find_model(name),) if name else MODELS
-    _check_plain(weights, where)
-    reasons = []
     for model in candidates:
-        try:
+        with contextlib.suppress(InvalidConfig, DamagedFile, BadInput):
             config = model.configured(settings)
+            _check_plain(weights, where)
             _check_fit(weights, model, config, where)
-        except (InvalidConfig, DamagedFile, BadInput) as error:
-            reasons.append(f"{model.name}: {str(error).removeprefix(f'{where}: ')}")
-            continue
-        preprocessing = make_preprocessing(config.in_channels, config.image_size, model.pixel_range)
-        provenance = {"source": "a state_dict without metadata", "assumed": "default pooling, activation and normalisation, and --set"}
-        return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), provenance, _plain(weights))
-    raise DamagedFile(f"{where}: its tensors fit no model as configured; name it with --model and --set. " + "; ".join(reasons))
+            provenance = {"inferred": [f"{model.name}, by the names and shapes of its tensors"], "assumed": _assumed(model, settings)}
+            return _bare(model, config, weights, provenance)
+    if name and find_model(name).build is not find_model(FOREIGN).build:
+        model = find_model(name)
+        _check_plain(weights, where)
+        _check_fit(weights, model, model.configured(settings), where)
+    found = foreign.adopt(weights, where, settings)
+    model = find_model(name or FOREIGN)
+    return _bare(model, found.config, found.weights, {"inferred": list(found.inferred), "assumed": [*found.assumed, UNSCALED]})
+
+
+def _bare(model: Model, config: ModelConfig, weights: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> Checkpoint:
+    preprocessing = make_preprocessing(config.in_channels, config.image_size, model.pixel_range)
+    whole = {"source": "a state_dict without metadata", **provenance}
+    return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), whole, _plain(weights))
+
+
+def _assumed(model: Model, settings: Mapping[str, str]) -> list[str]:
+    named = [
+        f"{key} {getattr(model.defaults, key)}" for key in ("pooling", "activation") if hasattr(model.defaults, key) and key not in settings
+    ]
+    return [*named, UNSCALED if model.pixel_range == (0.0, 1.0) else f"pixels from {model.pixel_range[0]} to {model.pixel_range[1]}"]
+
+
+def _without_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names without the part that all of them begin with, as wrappers leave it: `module.`, `_orig_mod.`, `model.`."""
+    while len({name.partition(".")[0] for name in weights}) == 1 and all(name.count(".") > 1 for name in weights):
+        weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
+    return weights
 
 
 def _check_fit(weights: Mapping[str, torch.Tensor], model: Model, config: ModelConfig, where: str) -> None:
@@ -239,14 +268,40 @@ def _state_dict(data: bytes, where: str) -> dict[str, torch.Tensor]:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise DamagedFile(
-            f"{where}: it holds more than plain tensors, and reading it would run code; "
-            "where you trust its origin, save model.state_dict() there and load that"
+            f"{where}: it holds more than plain tensors, and reading it would run code; where you trust its origin, run there:\n"
+            f"  import torch\n"
+            f"  module = torch.load({Path(where).name!r}, weights_only=False)\n"
+            f"  torch.save(getattr(module, 'state_dict', lambda: module)(), 'weights.pt')"
         ) from None
     except Exception as error:  # damaged bytes make the restricted unpickler fail in every way there is
         raise DamagedFile(f"{where}: not a readable state_dict ({first_line(error)}); it is truncated or altered") from None
+    for wrapper in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()) or not loaded:
         raise DamagedFile(f"{where}: not a state_dict (tensors by name); save model.state_dict()")
     return {str(name): tensor for name, tensor in loaded.items()}
+
+
+def _is_npz(data: bytes) -> bool:
+    """Whether `data` is numpy's zip of arrays; torch's has other members."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+    except Exception:  # a damaged archive; what reads it next has the words for it
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _arrays(data: bytes, where: str) -> dict[str, torch.Tensor]:
+    import numpy as np
+
+    check_zip(data, where, ".npz")
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}
+    except Exception as error:  # damaged bytes make numpy fail in every way there is, and it has dtypes that torch has not
+        raise DamagedFile(f"{where}: not a .npz of plain arrays ({first_line(error)}); it is damaged or holds other things") from None
 
 
 def _is_pickle(data: bytes) -> bool:

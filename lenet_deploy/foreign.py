@@ -60,8 +60,9 @@ def adopt(tensors: Mapping[str, Tensor], where: str, settings: Mapping[str, str]
             _refuse(where, name, tensor, "no layer of LeNet-5 has such a shape")
     for name, tensor in weights.items():
         if tensor.ndim == 4 and tuple(tensor.shape[2:]) != (KERNEL, KERNEL):
-            layout = "it looks like TensorFlow's layout; permute it to (out, in, height, width)" if tuple(tensor.shape[:2]) == (5, 5) else ""
-            _refuse(where, name, tensor, layout or "LeNet-5's convolutions are 5x5")
+            other_layout = tuple(tensor.shape[:2]) == (KERNEL, KERNEL)
+            wanted = "permute TensorFlow's layout to (out, in, height, width)" if other_layout else "LeNet-5's convolutions are 5x5"
+            _refuse(where, name, tensor, wanted)
     order = _chain(weights, where)
     biases = _biases(order, weights, vectors, where)
     convolutional = weights[order[2]].ndim == 4
@@ -92,7 +93,7 @@ def _float32(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tenso
         if tensor.dtype in CONVERTED:
             converted.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
         elif tensor.dtype != torch.float32:
-            _refuse(where, name, tensor, f"its type is {str(tensor.dtype).removeprefix('torch.')}, and LeNet-5 holds floating-point numbers")
+            _refuse(where, name, tensor, f"it holds {str(tensor.dtype).removeprefix('torch.')}, where LeNet-5 has floating-point numbers")
         found[name] = tensor.detach().float().contiguous()
         if not tensor.numel():
             _refuse(where, name, tensor, "it is empty")
@@ -136,7 +137,7 @@ def _biases(order: Sequence[str], weights: Mapping[str, Tensor], vectors: Mappin
     left = dict(vectors)
     for name in order:
         parent = name.rpartition(".")[0]
-        sibling = next((other for other in left if parent and other.rpartition(".")[0] == parent and "bias" in other.rpartition(".")[2]), None)
+        sibling = next((other for other in left if parent and other.rpartition(".")[0] == parent and "bias" in other), None)
         if sibling is not None and len(left[sibling]) == len(weights[name]):
             found[name] = left.pop(sibling)
     for name in order:
