@@ -34,7 +34,7 @@ def _field(help: str) -> Any:
 def train(
     model: Annotated[str | None, typer.Option(help=f"One of {MODEL_NAMES}. Default: lenet5.")] = None,
     data: Data = "digits",
-    recipe: Annotated[str, typer.Option(help=f"{RECIPE_NAMES}: what the options below do not say.")] = "fast",
+    recipe: Annotated[str | None, typer.Option(help=f"{RECIPE_NAMES}: what the options below do not say. Default: fast.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Instead of a recipe, what --print-config printed.")] = None,
     epochs: Annotated[int | None, _field("Passes over the training images.")] = None,
     batch_size: Annotated[int | None, _field("Images a step, over all processes.")] = None,
@@ -97,11 +97,11 @@ def train(
         return
     folder = out or Path(f"{wanted.model}-{Path(data).stem}")
     state = _state(folder, resume)
-    if state is not None:
+    if state is not None and recipe is None and config is None:
         wanted = dataclasses.replace(state.config, **said)
     from lenet_deploy.data import load_dataset
     from lenet_deploy.parallel import joined, own_device
-    from lenet_deploy.store import make_folder
+    from lenet_deploy.store import make_folder, sweep
     from lenet_deploy.train import resolve
 
     dataset = load_dataset(data, data_dir, download)
@@ -114,6 +114,7 @@ def train(
         note(f"{folder}: goes on after epoch {len(state.history)} of {wanted.epochs}", quiet)
     made = not folder.exists()
     make_folder(folder)  # a place that cannot be written is found before the training, not after
+    sweep(folder)
     try:
         with joined(device_found) as team:
             path, accuracy = run_training(wanted, dataset, folder, quiet or team.rank > 0, state, tensorboard, team)[1:]
@@ -126,9 +127,11 @@ def train(
         typer.echo(f"{path}: {accuracy:.2f} % of {len(dataset.test_images):,} test images of {dataset.name}")
 
 
-def _config(path: Path | None, recipe: str, data: str, said: dict[str, Any]) -> TrainConfig:
+def _config(path: Path | None, recipe: str | None, data: str, said: dict[str, Any]) -> TrainConfig:
     if path is None:
-        return find_recipe(recipe).config(said.pop("model", "lenet5"), Path(data).stem, **said)
+        return find_recipe(recipe or "fast").config(**{"model": "lenet5", "data": Path(data).stem, **said})
+    if recipe is not None:
+        raise BadInput("--config holds all that --recipe would say; give one of the two")
     from lenet_deploy.store import read_file
 
     try:
@@ -175,24 +178,30 @@ def run_training(
     from lenet_deploy.report.plots import write_plots
     from lenet_deploy.report.tensorboard import event_writer
     from lenet_deploy.store import metrics_json, write_file
+    from lenet_deploy.train import as_checkpoint
     from lenet_deploy.train import train as run
 
     team = team or ALONE
-    epochs: list[EpochStats] = list(state.history if state else ())
+    checkpoint_path, last = folder / "checkpoint.safetensors", state
     live = sys.stderr.isatty()
 
-    def write_metrics() -> None:
-        text = metrics_json(tuple(epochs), dataclasses.asdict(config), environment.capture())
-        write_file(folder / "metrics.json", text.encode())
-
-    def keep(state: TrainState) -> None:
+    def keep(now: TrainState) -> None:
+        nonlocal last
+        last = now
         if team.rank == 0:
-            write_file(folder / LAST, resume.to_bytes(state))
+            write_file(folder / LAST, resume.to_bytes(now))
+
+    def write_results(trained: Checkpoint) -> None:
+        assert last is not None, "a run begins with its state"
+        metrics = metrics_json(last.history, dataclasses.asdict(config), environment.capture())
+        write_file(checkpoint_path, checkpoint.to_bytes(trained))
+        write_file(folder / "metrics.json", metrics.encode())
+        for remark in write_plots(folder, last.history, trained, dataset):
+            note(remark, quiet)
 
     with progress(quiet) as show, event_writer(folder if tensorboard and team.rank == 0 else None) as events:
 
         def report(stats: EpochStats) -> None:
-            epochs.append(stats)
             line = f"Epoch: {stats.epoch}, LR: {stats.lr:.6f}, Loss: {stats.loss:.4f}"
             line += f", accuracy: {stats.accuracy:.2f} %, {stats.images_per_s:,.0f} images/s"
             show(stats.epoch, config.epochs, line)
@@ -202,13 +211,15 @@ def run_training(
         try:
             trained = run(config, dataset, report, state=state, on_state=keep, team=team)
         except GateFailed as error:
+            if last is None or not last.history:
+                raise
             if team.rank == 0:
-                write_metrics()
-            raise GateFailed(f"{error}; {folder / LAST} holds the state after epoch {len(epochs)}") from None
-    path = folder / "checkpoint.safetensors"
+                write_results(as_checkpoint(last, dataset, team.size))
+            raise GateFailed(f"{error}; {checkpoint_path} is that of epoch {len(last.history)}, before it") from None
+        except KeyboardInterrupt:
+            if last is not None and last.history:
+                note(f"{folder}: epoch {len(last.history)} of {config.epochs} is done; add --resume to go on", quiet)
+            raise
     if team.rank == 0:
-        write_file(path, checkpoint.to_bytes(trained))
-        write_metrics()
-        for remark in write_plots(folder, tuple(epochs), trained, dataset):
-            note(remark, quiet)
-    return trained, path, epochs[-1].accuracy
+        write_results(trained)
+    return trained, checkpoint_path, trained.provenance["test_accuracy"]

@@ -40,6 +40,7 @@ from lenet_deploy.records import (
 )
 
 BENCH = 2  # version of the bench schema
+UNFINISHED = ".unfinished"  # how the name of a file ends while it is written
 
 
 def sha256(data: bytes) -> str:
@@ -103,7 +104,7 @@ def write_file(path: Path, data: bytes) -> None:
             path.write_bytes(data)
             return
         path = path.resolve()
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     except OSError as error:
         raise cannot_write(path, error) from error
     try:
@@ -117,6 +118,12 @@ def write_file(path: Path, data: bytes) -> None:
         raise cannot_write(path, error) from error
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder that nobody else writes to."""
+    for left in folder.glob(f".*{UNFINISHED}"):
+        left.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> CannotWrite:

@@ -23,7 +23,7 @@ from lenet_deploy.recipes import TrainConfig
 from lenet_deploy.records import EpochStats, Preprocessing
 from lenet_deploy.resume import TrainState, optimizer_tensors, restore_optimizer
 
-__all__ = ["TrainConfig", "correct_top1", "fitted_settings", "resolve", "train"]
+__all__ = ["TrainConfig", "as_checkpoint", "correct_top1", "fitted_settings", "resolve", "train"]
 
 EVALUATION_BATCH = 1024
 DIVERGED = 10.0  # times the mean loss of the first epoch: no schedule recovers from there
@@ -124,22 +124,31 @@ def train(
         on_state(standing())
         on_epoch(history[-1])
 
+    return as_checkpoint(standing(), dataset, team.size)
+
+
+def as_checkpoint(state: TrainState, dataset: Dataset, processes: int = 1) -> Checkpoint:
+    """The checkpoint of a run as it stands in `state`, after at least one epoch, with how it came to be."""
+    config, last = state.config, state.history[-1]
+    entry, model_config, device = resolve(config, dataset)
+    values = {**asdict(config), "milestones": list(config.milestones)}
     provenance = {
         "source": "lenet-deploy train",
         "dataset": dataset.name,
-        "data_sha256": data_sha256,
-        "test_accuracy": history[-1].accuracy,
-        "test_images": len(test_images),
-        "train_images": len(batches),
-        "train_s": sum(stats.seconds for stats in history),
-        **{key: value for key, value in asdict(config).items() if key not in ("model", "milestones")},
-        "milestones": list(config.milestones),
+        "data_sha256": state.data_sha256,
+        "test_accuracy": last.accuracy,
+        "test_images": len(dataset.test_images),
+        "train_images": len(dataset.train_images),
+        "train_s": sum(stats.seconds for stats in state.history),
+        **{key: value for key, value in values.items() if key != "model"},
+        "epochs_done": last.epoch,
         "device": str(device),
-        "processes": team.size,
+        "processes": processes,
         "versions": environment.versions(),
     }
-    labels_known = dataset.labels + tuple(map(str, range(len(dataset.labels), model_config.classes)))
-    return Checkpoint(config.model, model_config, preprocessing, labels_known, provenance, plain(module))
+    labels = dataset.labels + tuple(map(str, range(len(dataset.labels), model_config.classes)))
+    preprocessing = preprocessing_for(dataset, model_config.in_channels, model_config.image_size, entry.pixel_range)
+    return Checkpoint(config.model, model_config, preprocessing, labels, provenance, state.part("model"))
 
 
 class Batches:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import multiprocessing.process
 import os
 import random
+import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -122,49 +125,91 @@ def test_what_two_states_hold_is_named_by_its_part(small: Dataset) -> None:
     assert resume.SCHEMA.endswith("/1")
 
 
-TRAIN = ("train", "--set", "channels=4,8", "--set", "hidden=16,12", "--epochs", "6", "--device", "cpu", "--out", "run")
+TRAIN = ("train", "--set", "channels=4,8", "--set", "hidden=16,12", "--epochs", "6", "--batch-size", "256", "--device", "cpu")
+# Each process of ours is forked from one that has imported what it takes, so that it is at work in milliseconds; nothing else is shared.
+PROCESSES = multiprocessing.get_context("forkserver")
+IMPORTED = ("torch", "torch._dynamo", "lenet_deploy.cli.train", "lenet_deploy.train", "lenet_deploy.resume", "lenet_deploy.report.plots")
 
 
-def cli(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lenet_deploy.cli", *TRAIN, *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command_line(folder: Path, arguments: tuple[str, ...], largest_file: int | None) -> None:
+    """`lenet-deploy ARGS...` in `folder`, in a process of its own; past `largest_file` bytes the disk is full."""
+    from lenet_deploy.cli import app
+
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    for name, number in (("out.txt", 1), ("err.txt", 2)):
+        with Path(name).open("w") as file:
+            os.dup2(file.fileno(), number)
+    sys.argv = ["lenet-deploy", *arguments]
+    app()
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def start(folder: Path, *arguments: str, largest_file: int | None = None) -> multiprocessing.process.BaseProcess:
+    """The command line at work."""
+    PROCESSES.set_forkserver_preload([*IMPORTED, "matplotlib.backends.backend_agg"])
+    process = PROCESSES.Process(target=command_line, args=(folder, (*TRAIN, "--out", "run", *arguments), largest_file))
+    process.start()
+    return process
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """SIGKILL or SIGINT at random moments of real processes, 20 times, each going on where the one before was stopped or dead."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    start = time.monotonic()
-    assert finished(cli(whole))[0] == 0
-    usual = time.monotonic() - start
-    wanted = (whole / "run" / "checkpoint.safetensors").read_bytes()
+def ended(process: multiprocessing.process.BaseProcess) -> int | None:
+    process.join(timeout=300)
+    return process.exitcode
 
+
+def weights(folder: Path) -> bytes:
+    """The tensors in the run's checkpoint, without the header, in which times stand."""
+    data = (folder / "run" / "checkpoint.safetensors").read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert ended(start(folder)) == 0, (folder / "err.txt").read_text()
+    return folder
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    """SIGKILL or SIGINT at random moments of real processes, each run going on where the one before was stopped."""
+    began = time.monotonic()
+    assert ended(start(whole, "--no-resume")) == 0
+    usual = time.monotonic() - began
     chance, kills, trial = random.Random(1), 0, 0
     while kills < KILLS:
         folder = tmp_path / f"trial-{trial}"
         folder.mkdir()
         trial += 1
         while True:
-            there = (folder / "run" / "last.ckpt").exists()
-            process = cli(folder, *(("--resume",) if there else ()))
+            resumed = (folder / "run" / "last.ckpt").exists()
+            process = start(folder, *(("--resume",) if resumed else ()))
             if kills < KILLS:
-                time.sleep(chance.uniform(0.2, 1.0) * usual)
-                process.send_signal(chance.choice((signal.SIGKILL, signal.SIGINT)))
-            code, _, err = finished(process)
+                time.sleep(chance.uniform(0.1, 1.0) * usual)
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    os.kill(process.pid or 0, chance.choice((signal.SIGKILL, signal.SIGINT)))
+            code = ended(process)
             if code == 0:
                 break
-            assert code in (-signal.SIGKILL, 130, -signal.SIGINT), err
+            assert code in (-signal.SIGKILL, -signal.SIGINT, 130), (folder / "err.txt").read_text()
             kills += 1
-        found = (folder / "run" / "checkpoint.safetensors").read_bytes()
-        assert weights(found) == weights(wanted), f"after {kills} kills"
+        assert weights(folder) == weights(whole), f"after {kills} kills"
+        assert not [path for path in (folder / "run").iterdir() if path.name.startswith(".")], "nothing half-written is left"
 
 
-def weights(data: bytes) -> bytes:
-    """The tensors of a safetensors file, without its header, in which times stand."""
-    return data[8 + int.from_bytes(data[:8], "little") :]
+def test_a_full_disk_stops_a_run_that_then_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    assert ended(start(tmp_path, largest_file=4096)) == 5
+    assert "run/last.ckpt: cannot be written" in (tmp_path / "err.txt").read_text()
+    process = start(tmp_path)
+    while not (tmp_path / "run" / "last.ckpt").exists():
+        time.sleep(0.01)
+    process.kill()
+    ended(process)
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    assert ended(start(tmp_path, "--resume", largest_file=4096)) == 5
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    assert ended(start(tmp_path, "--resume")) == 0
+    assert weights(tmp_path) == weights(whole)

@@ -47,7 +47,8 @@ def write_plots(folder: Path, epochs: Sequence[EpochStats], checkpoint: Checkpoi
 
 def curves(figure: Any, epochs: Sequence[EpochStats]) -> Any:
     """Loss, accuracy on the test split, and learning rate over the epochs."""
-    made = figure(figsize=(9, 3), layout="constrained")
+    made = figure(figsize=(9, 3))
+    made.subplots_adjust(left=0.06, right=0.98, bottom=0.16, top=0.88, wspace=0.25)
     numbers = [stats.epoch for stats in epochs]
     for axes, (title, values) in zip(
         made.subplots(1, 3),
@@ -70,14 +71,15 @@ def confusion(figure: Any, predicted: Tensor, truth: Tensor, labels: Sequence[st
 
     classes = len(labels)
     counts = torch.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
-    made = figure(figsize=(6, 6), layout="constrained")
+    made = figure(figsize=(6, 6))
+    made.subplots_adjust(left=0.2, right=0.97, bottom=0.2, top=0.94)
     axes = made.subplots()
-    axes.imshow(counts.float().log1p(), cmap="Blues")
+    axes.imshow(counts.float().log1p().numpy(), cmap="Blues")
     axes.set(title="test images by class and prediction", xlabel="predicted", ylabel="class")
     if classes <= LARGEST_MATRIX:
         axes.set_xticks(range(classes), labels, rotation=90)
         axes.set_yticks(range(classes), labels)
-        largest = float(counts.max())
+        largest = int(counts.max())
         for row in range(classes):
             for column in range(classes):
                 number = int(counts[row, column])
@@ -91,13 +93,14 @@ def mistakes(figure: Any, shares: Tensor, dataset: Dataset, labels: Sequence[str
     confidence, predicted = shares.max(dim=1)
     wrong = (predicted != dataset.test_labels).nonzero().flatten()
     surest = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
-    made = figure(figsize=(8, 9), layout="constrained")
+    made = figure(figsize=(8, 9))
+    made.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=0.92)
     made.suptitle(f"the surest of {len(wrong):,} mistakes: class, taken for, with what share")
     side = 5
     for axes in (grid := made.subplots(side, side).flatten()):
         axes.axis("off")
     for axes, place in zip(grid, surest, strict=False):
-        image = dataset.test_images[place].permute(1, 2, 0)
+        image = dataset.test_images[place].permute(1, 2, 0).numpy()
         axes.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
         axes.set_title(
             f"{labels[int(dataset.test_labels[place])]} > {labels[int(predicted[place])]} {float(confidence[place]):.0%}", fontsize=7

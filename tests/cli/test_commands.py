@@ -73,36 +73,6 @@ def stored(path: Path, kind: str) -> dict[str, Any]:
     return document
 
 
-def test_train_writes_both_files_and_says_where(lenet: Run, tmp_path: Path) -> None:
-    done = lenet("train", "--model", "lenet5", "--data", "digits", "--epochs", "2", "--device", "cpu", *SMALL, "--out", "run/one")
-    assert done.code == 0
-    assert sorted(path.name for path in (tmp_path / "run/one").iterdir()) == ["checkpoint.safetensors", "metrics.json"]
-    metrics = stored(tmp_path / "run/one/metrics.json", "metrics")
-    assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2]
-    assert metrics["epochs"][0].keys() == {"epoch", "loss", "lr", "accuracy", "images_per_s"}
-    found = load(tmp_path / "run/one/checkpoint.safetensors")
-    assert found.dataset == "digits"
-    assert f"{metrics['epochs'][-1]['accuracy']:.2f} %" in done.out
-    assert "run/one/checkpoint.safetensors" in done.out
-
-
-def test_training_progress_goes_to_standard_error_and_quiet_silences_it(lenet: Run) -> None:
-    arguments = ("train", "--epochs", "1", "--device", "cpu", *SMALL, "--out", "run")
-    loud, quiet = lenet(*arguments), lenet(*arguments, "--quiet")
-    assert [line.split(",")[0] for line in loud.err.splitlines()] == ["Epoch: 1"]
-    assert "Epoch" not in loud.out
-    assert (quiet.code, quiet.err) == (0, "")
-    assert quiet.out == loud.out
-
-
-def test_the_same_seed_trains_the_same_checkpoint(lenet: Run, tmp_path: Path) -> None:
-    for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
-        arguments = ("train", "--epochs", "1", "--seed", seed, "--device", "cpu", *SMALL, "--quiet")
-        assert lenet(*arguments, "--out", name).code == 0
-    a, b, c = (load(tmp_path / name / "checkpoint.safetensors").metadata().weights_sha256 for name in "abc")
-    assert a == b != c
-
-
 def test_train_and_export_name_their_folders_after_the_model(lenet: Run, tmp_path: Path) -> None:
     assert lenet("train", "--epochs", "1", "--device", "cpu", *SMALL, "--quiet").code == 0
     assert lenet("export", "lenet5", *SMALL, "--to", "torchscript", "--device", "cpu", "--quiet").code == 0
