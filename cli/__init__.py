@@ -14,7 +14,7 @@ from .interrupts import say_interrupted, take_interrupts, was_interrupted
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("demo", "train", "evaluate", "inspect", "export", "parity", "bench", "compare", "predict", "doctor")
+COMMANDS = ("demo", "train", "evaluate", "inspect", "export", "parity", "bench", "compare", "predict", "zoo", "doctor")
 
 
 def build() -> typer.Typer:

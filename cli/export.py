@@ -9,13 +9,14 @@ import typer
 
 from lenet_deploy.models import MODELS
 from lenet_deploy.variants import FORMATS, PRECISIONS
+from lenet_deploy.zoo import DEFAULT, names
 
 from .options import DataDir, Device, Download, OptionalData, Quiet, Seed, Set, What, dataset, settings, words
 from .output import emit, note, progress
 
 
 def export(
-    what: What = "lenet5",
+    what: What = DEFAULT,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT,...", help=f"{', '.join(FORMATS)}, or all.")] = "torchscript,onnx",
     precision: Annotated[str, typer.Option(metavar="P,...", help=f"{', '.join(PRECISIONS)}.")] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
@@ -65,7 +66,7 @@ def export(
 def _default_name(what: str) -> str:
     """The model's name; for a file its own, or its folder's where it is called `checkpoint`, with `-bundle` to keep it apart."""
     path = Path(what)
-    if not path.exists() or what in [model.name for model in MODELS]:
+    if not path.exists() or what in (*(model.name for model in MODELS), *names()):
         return path.name
     stem = path.resolve().parent.name if path.stem == "checkpoint" else path.stem
     return f"{stem}-bundle"

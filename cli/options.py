@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MODEL_NAMES = ", ".join(model.name for model in MODELS)
 
-What = Annotated[str, typer.Argument(help="A model name, a checkpoint, a bundle folder or an artifact file.")]
+What = Annotated[str, typer.Argument(help="A model name, a name of the zoo, a checkpoint, a bundle folder or an artifact file.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle folder, as written by export.", show_default=False)]
 Data = Annotated[str, typer.Option("--data", help="digits (embedded), mnist, fashion-mnist, cifar10, or FILE.npz.")]
 OptionalData = Annotated[

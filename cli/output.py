@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from lenet_deploy import zoo
 from lenet_deploy.errors import BadInput, CannotWrite
 from lenet_deploy.models import MODELS
 
@@ -129,6 +130,8 @@ def note_if_fresh(what: str, seed: int, quiet: bool) -> None:
     """Say so where WHAT is a model's name, whose weights are therefore untrained."""
     if what in (model.name for model in MODELS):
         note(f"{what}: freshly initialised from seed {seed}, not trained", quiet)
+    if what in (*(model.name for model in MODELS), *zoo.names()) and Path(what).exists():
+        note(f"{what}: the model of that name, not what stands in this folder; for that say ./{what}", quiet)
 
 
 def note_skipped(failures: Iterable[Failure], quiet: bool) -> None:

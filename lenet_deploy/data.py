@@ -54,6 +54,7 @@ class DataSource:
 
     name: str
     summary: str
+    labels: tuple[str, ...]
     load: Callable[[Path | None, bool], Dataset]
 
 
@@ -62,7 +63,7 @@ def load_dataset(name: str, data_dir: Path | None = None, download: bool = False
 
     Args:
         name: a name in DATASETS, or a path that ends in `.npz`.
-        data_dir: where torchvision keeps its files; `./data` when None.
+        data_dir: where torchvision keeps its files, or a `NAME.npz` lies; `./data` when None.
         download: fetch what is missing.
 
     Raises:
@@ -72,6 +73,9 @@ def load_dataset(name: str, data_dir: Path | None = None, download: bool = False
     """
     for source in DATASETS:
         if source.name == name:
+            packed = (data_dir or Path("data")) / f"{name}.npz"
+            if packed.is_file():
+                return load_npz(read_file(packed, "a .npz data set"), name, source.labels)
             return source.load(data_dir, download)
     if name.endswith(".npz"):
         return load_npz(read_file(Path(name), "a .npz data set"), name)
@@ -255,10 +259,10 @@ def _both_splits(kind: Any, name: str, root: Path, place: Path, download: bool) 
 
 
 DATASETS: tuple[DataSource, ...] = (
-    DataSource("digits", "1,797 scanned digits of 8x8, embedded", _digits),
-    DataSource("mnist", "70,000 digits of 28x28, through torchvision", _mnist),
-    DataSource("fashion-mnist", "70,000 articles of clothing of 28x28, through torchvision", _fashion),
-    DataSource("cifar10", "60,000 colour photographs of 32x32, through torchvision", _cifar10),
+    DataSource("digits", "1,797 scanned digits of 8x8, embedded", DIGITS, _digits),
+    DataSource("mnist", "70,000 digits of 28x28, through torchvision", DIGITS, _mnist),
+    DataSource("fashion-mnist", "70,000 articles of clothing of 28x28, through torchvision", FASHION, _fashion),
+    DataSource("cifar10", "60,000 colour photographs of 32x32, through torchvision", CIFAR10, _cifar10),
 )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lenet_deploy.errors import BadInput, DamagedFile, first_line
+from lenet_deploy import zoo
+from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, first_line
 from lenet_deploy.models import MODELS, find_model
 from lenet_deploy.records import Artifact, ArtifactMetadata
 from lenet_deploy.runtimes import PLAIN
@@ -38,7 +39,7 @@ class Source:
 
 
 def load(what: str | Path, *, model: str | None = None, settings: Mapping[str, str] | None = None, seed: int = 0) -> Checkpoint:
-    """A checkpoint from a registered model name, a checkpoint file, a foreign state_dict or a bundle folder.
+    """A checkpoint from a registered model name, a name of the zoo, a checkpoint file, a foreign state_dict or a bundle folder.
 
     Args:
         what: name or path. A registered name gives freshly initialised weights.
@@ -54,18 +55,22 @@ def load(what: str | Path, *, model: str | None = None, settings: Mapping[str, s
 
     if str(what) in (entry.name for entry in MODELS):
         return checkpoint.fresh(find_model(str(what)), settings or {}, seed)
+    if str(what) in zoo.names():
+        if settings or model:
+            raise BadInput(f"{what}: it is trained, with its own model and config; leave out --model and --set")
+        return zoo.load(str(what))
     path = _path(what)
     if path.is_dir():
         if settings or model:
             raise BadInput(f"{path}: a bundle carries its own model and config; leave out --model and --set")
         return bundle_checkpoint(open_bundle(path))
     if not path.exists() and path.name == str(what) and not path.suffix:
-        find_model(str(what))  # a bare word is most likely a mistyped name: this raises with the nearest ones
+        raise UnknownName("model", str(what), (*(entry.name for entry in MODELS), *zoo.names()))  # most likely a mistyped name
     return checkpoint.load(path, model, settings)
 
 
 def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Source:
-    """Whatever WHAT names, ready to run: a model name, a checkpoint, a bundle, or one artifact file.
+    """Whatever WHAT names, ready to run: a model name, a name of the zoo, a checkpoint, a bundle, or one artifact file.
 
     An artifact inside a bundle is verified against the bundle's manifest; one on its own is used by its own metadata.
 
@@ -75,7 +80,7 @@ def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, 
     from lenet_deploy.bundle import MANIFEST, open_bundle
     from lenet_deploy.store import read_file
 
-    if str(what) in (entry.name for entry in MODELS):
+    if str(what) in (*(entry.name for entry in MODELS), *zoo.names()):
         return _checkpoint_source(what, load(what, settings=settings, seed=seed))
     path = _path(what)
     carries_its_own = BadInput(f"{path}: it carries its own model and config, so --set has nothing to change")

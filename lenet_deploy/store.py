@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,11 @@ def evaluate_json(report: AccuracyReport) -> str:
     """`evaluate` JSON, schema version 1."""
     rows = [{"variant": row.variant, "accuracy": row.accuracy, "ci95": row.ci95, "images": row.images} for row in report.rows]
     return dump("evaluate", 1, report.environment, {"rows": rows, "skipped": _skipped(report.skipped)})
+
+
+def zoo_json(entries: Sequence[Mapping[str, Any]], environment: Environment) -> str:
+    """`zoo` JSON, schema version 1."""
+    return dump("zoo", 1, environment, {"entries": list(entries)})
 
 
 def metrics_json(epochs: tuple[EpochStats, ...], settings: Mapping[str, Any], environment: Environment) -> str:

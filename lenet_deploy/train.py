@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,7 @@ def as_checkpoint(state: TrainState, dataset: Dataset, processes: int = 1) -> Ch
         "epochs_done": last.epoch,
         "device": str(device),
         "processes": processes,
+        "date": datetime.now(UTC).date().isoformat(),
         "versions": environment.versions(),
     }
     labels = dataset.labels + tuple(map(str, range(len(dataset.labels), model_config.classes)))

@@ -51,7 +51,9 @@ HOMES = {
     "onnxruntime": {"runtimes/onnxruntime.py"},
     "torchvision": {"data.py"},
     "PIL": {"data.py"},
-    "safetensors": {"checkpoint.py"},
+    "safetensors": {"checkpoint.py", "resume.py"},
+    "matplotlib": {"report/plots.py"},
+    "tensorboard": set(),  # by torch.utils.tensorboard alone
     "onnxscript": set(),
     "sklearn": set(),
     "pynvml": {"bench/nvml.py"},

@@ -224,7 +224,9 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path) -> None:
     alone = [sys.executable, "-m", "lenet_deploy.cli"]
     together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lenet_deploy.cli"]
     for name, command in (("one", alone), ("two", together)):
-        done = subprocess.run([*command, *arguments, "--out", name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*command, *arguments, "--out", name], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         assert [line.split(",")[0] for line in done.stderr.splitlines() if line.startswith("Epoch")] == [f"Epoch: {i}" for i in (1, 2, 3)]
         assert done.stdout.count("checkpoint.safetensors") == 1, "one process speaks"
