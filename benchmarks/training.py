@@ -64,7 +64,11 @@ def lecture_epochs(config: TrainConfig, dataset: data.Dataset, workers: int) -> 
     model_config = resolve(config, dataset)[1]
     module = initialise(config.model, model_config, config.seed)
     loader = DataLoader(
-        Images(dataset.train_images, dataset.train_labels), batch_size=128, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+        Images(dataset.train_images, dataset.train_labels),
+        batch_size=128,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
     optimizer, criterion, seconds = torch.optim.Adam(module.parameters(), lr=0.001), torch.nn.CrossEntropyLoss(), []
     for _ in range(config.epochs):
@@ -131,5 +135,7 @@ for name, found in rates.items():
     rows.append((name, f"{rate:,.0f}", spread, f"{rate / slowest:.1f}x", f"{rate * operations / peak:.0%}", compiled))
 print()
 print(to_markdown(Table(("loop", "images/s", "of rounds", "ratio", "of peak", "compilation"), tuple(rows))))
-print(f"\n{arguments.model}, {whole.name}, {arguments.images:,} images a visit, {arguments.rounds} rounds, {torch.get_num_threads()} threads,")
+print(
+    f"\n{arguments.model}, {whole.name}, {arguments.images:,} images a visit, {arguments.rounds} rounds, {torch.get_num_threads()} threads,"
+)
 print(f"{operations / 1e6:.2f} million operations an image, peak {peak / 1e9:.0f} GFLOP/s. {environment_line(environment.capture())}")

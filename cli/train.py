@@ -105,8 +105,8 @@ def train(
     from lenet_deploy.train import resolve
 
     dataset = load_dataset(data, data_dir, download)
-    placed = dataclasses.replace(wanted, device=own_device(wanted.device))
-    device_found = resolve(placed, dataset)[2]  # whatever is wrong is said before a folder is made
+    wanted = dataclasses.replace(wanted, device=own_device(wanted.device))
+    device_found = resolve(wanted, dataset)[2]  # whatever is wrong is said before a folder is made
     if state is not None:
         from lenet_deploy.data import fingerprint
 

@@ -45,8 +45,8 @@ def launched() -> bool:
 
 
 def own_device(text: str) -> str:
-    """The device asked for, or this process's own GPU where several share the work of all."""
-    if launched() and text in ("auto", "cuda") and parse_device(text).type == "cuda":
+    """The device asked for, or this process's own GPU where several processes train together on GPUs."""
+    if launched() and parse_device(text).type == "cuda":
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return text
 

@@ -50,7 +50,8 @@ class TrainState:
     def check_fits(self, config: TrainConfig, data_sha256: str) -> None:
         """Raise BadInput where this state belongs to a run of another config or other data."""
         mine, other = dataclasses.asdict(self.config), dataclasses.asdict(config)
-        unlike = [f"{name} was {mine[name]!r} and is {other[name]!r}" for name in mine if mine[name] != other[name] and name != "recipe"]
+        deciding = [name for name in mine if name not in ("recipe", "device")]  # a run may move, and then differs by rounding
+        unlike = [f"{name} was {mine[name]!r} and is {other[name]!r}" for name in deciding if mine[name] != other[name]]
         if unlike:
             raise BadInput(f"the run to resume was another: {'; '.join(unlike)}; leave these options out, or train into another folder")
         if data_sha256 != self.data_sha256:

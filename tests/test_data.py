@@ -229,6 +229,16 @@ def test_an_unknown_data_set_is_refused_with_the_nearest_names() -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
+def test_a_npz_of_a_data_sets_name_in_its_folder_is_that_data_set(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.npz").write_bytes(packed(arrays()))
+    loaded = load_dataset(name, tmp_path)
+    assert (loaded.name, len(loaded.labels), len(loaded.train_images)) == (name, 10, 5)
+    (tmp_path / f"{name}.npz").write_bytes(packed(arrays(train_labels=np.array([0, 1, 2, 0, 10]))))
+    with pytest.raises(DamagedFile, match=f"{name}: label 10 has no name among 10"):
+        load_dataset(name, tmp_path)
+
+
 @pytest.mark.parametrize("tail", [(), (1,), (3,)])
 def test_grey_and_colour_npz_files_load_channels_first(save: Callable[..., None], tail: tuple[int, ...], tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (5, 6, 7, *tail), dtype=np.uint8)

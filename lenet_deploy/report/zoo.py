@@ -53,7 +53,9 @@ def zoo_table(entries: Sequence[tuple[str, Checkpoint]]) -> Table:
 
 def card(name: str, checkpoint: Checkpoint) -> str:
     """The model card, Markdown."""
-    (accuracy, low, high), told, layers = accuracy_of(checkpoint), checkpoint.provenance, checkpoint.config.layers()
+    (accuracy, low, high), told = accuracy_of(checkpoint), checkpoint.provenance
+    images, layers = told["test_images"], checkpoint.config.layers()
+    parameters, macs = sum(layer.parameters for layer in layers), sum(layer.macs for layer in layers)
     channels, height, width = checkpoint.preprocessing.input_shape
     data = f"{told['dataset']}, {told['train_images']:,} images of training, {told['test_images']:,} of test"
     command = f"lenet-deploy train --model {checkpoint.model} --data {told['dataset']} --recipe {told['recipe']} --seed {told['seed']}"
@@ -63,14 +65,14 @@ def card(name: str, checkpoint: Checkpoint) -> str:
         "",
         f"{checkpoint.model}: {find_model(checkpoint.model).summary}.",
         "",
-        f"- Test accuracy: {accuracy:.2f} % (95 % interval {low:.2f} to {high:.2f} %, {told['test_images']:,} images), after the last epoch",
+        f"- Test accuracy: {accuracy:.2f} % (95 % interval {low:.2f} to {high:.2f} %, {images:,} images), after the last epoch",
         f"- Data: {data}; sha256 {told['data_sha256']}",
         *((f"- {remark}",) if remark else ()),
         f"- Recipe: {told['recipe']}, {told['epochs']} epochs in {told['train_s']:,.0f} s, seed {told['seed']}, on {told['device']}",
         f"- Command: `{command}`",
         f"- Date: {told['date']}, torch {told['versions']['torch']}",
         f"- Input: {channels} x {height} x {width}, float32 in N, C, H, W; labels {', '.join(checkpoint.labels)}",
-        f"- {sum(layer.parameters for layer in layers):,} parameters, {sum(layer.macs for layer in layers):,} multiply-accumulates an image",
+        f"- {parameters:,} parameters, {macs:,} multiply-accumulates an image",
         f"- sha256 of the weights: {checkpoint.metadata().weights_sha256}",
         "",
         "For teaching, comparing runtimes, and testing deployments; not for decisions about people or things.",

@@ -591,7 +591,10 @@ def test_the_demo_goes_the_whole_way_and_replaces_an_earlier_one(
     done = cli("demo", "--device", "cpu", cwd=tmp_path, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bundle", "checkpoint.safetensors", "metrics.json", "parity.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("bench.json", "bundle", "checkpoint.safetensors", "confusion.png", "curves.png"),
+        *("last.ckpt", "metrics.json", "mistakes.png", "parity.json"),
+    ]
     assert stored(out / "parity.json", "parity")["verdict"] == "pass"
     assert {each["variant"] for each in stored(out / "bench.json", "bench")["measurements"]} == {
         variant.name for variant in VARIANTS if variant.device == "cpu" and variant.core
