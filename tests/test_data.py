@@ -228,7 +228,6 @@ def test_an_unknown_data_set_is_refused_with_the_nearest_names() -> None:
 # A `.npz` of your own
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
 def test_a_npz_of_a_data_sets_name_in_its_folder_is_that_data_set(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{name}.npz").write_bytes(packed(arrays()))
@@ -239,6 +238,7 @@ def test_a_npz_of_a_data_sets_name_in_its_folder_is_that_data_set(name: str, tmp
         load_dataset(name, tmp_path)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("tail", [(), (1,), (3,)])
 def test_grey_and_colour_npz_files_load_channels_first(save: Callable[..., None], tail: tuple[int, ...], tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (5, 6, 7, *tail), dtype=np.uint8)

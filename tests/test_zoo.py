@@ -98,7 +98,7 @@ def test_a_name_loads_as_a_file_does_and_cannot_be_changed() -> None:
 def test_a_mistyped_name_offers_the_nearest() -> None:
     with pytest.raises(UnknownName, match="did you mean lenet5-mnist"):
         zoo.load("lenet5-mnits")
-    with pytest.raises(UnknownName, match="did you mean .*lenet5-cifar10"):
+    with pytest.raises(UnknownName, match=r"did you mean .*lenet5-cifar10"):
         load("lenet5-cifar")
 
 
