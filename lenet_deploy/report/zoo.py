@@ -68,7 +68,7 @@ def card(name: str, checkpoint: Checkpoint) -> str:
         f"- Test accuracy: {accuracy:.2f} % (95 % interval {low:.2f} to {high:.2f} %, {images:,} images), after the last epoch",
         f"- Data: {data}; sha256 {told['data_sha256']}",
         *((f"- {remark}",) if remark else ()),
-        f"- Recipe: {told['recipe']}, {told['epochs']} epochs in {told['train_s']:,.0f} s, seed {told['seed']}, on {told['device']}",
+        f"- Recipe: {told['recipe']}, {told['epochs']} epochs, seed {told['seed']}, on {told['device']}",
         f"- Command: `{command}`",
         f"- Date: {told['date']}, torch {told['versions']['torch']}",
         f"- Input: {channels} x {height} x {width}, float32 in N, C, H, W; labels {', '.join(checkpoint.labels)}",
