@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lenet_deploy.errors import BadInput, GateFailed, Unusable
+from lenet_deploy.parity.judge import PAIR_TOLERANCE
 
 from .options import (
     AllowTf32,
@@ -35,6 +36,8 @@ from .options import (
 )
 from .output import check_outputs, emit, note, progress, verdict
 
+TOLERANCE = f"Share of an image's largest score that two files may differ by. Default: {PAIR_TOLERANCE:.2g}."
+
 
 def parity(
     bundle: Judged,
@@ -45,9 +48,7 @@ def parity(
     batch: Batches = None,
     drill: Drill = False,
     allow_tf32: AllowTf32 = False,
-    tolerance: Annotated[
-        float | None, typer.Option(metavar="X", help="Share of an image's largest score that two files may differ by. Default: 7.6e-06.")
-    ] = None,
+    tolerance: Annotated[float | None, typer.Option(metavar="X", help=TOLERANCE)] = None,
     shape: InputShape = None,
     data_dir: DataDir = None,
     download: Download = False,

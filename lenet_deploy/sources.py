@@ -215,21 +215,19 @@ def _artifact_source(path: Path, foreign: bool = False, asked: tuple[int, int, i
 def _bare_source(path: Path, data: bytes, kind: str, foreign: bool, asked: tuple[int, int, int] | None) -> Source:
     from lenet_deploy.checkpoint import metadata_from_json
     from lenet_deploy.exporters import onnx, torchscript
-    from lenet_deploy.exporters.signature import read_onnx, read_torchscript
+    from lenet_deploy.exporters.signature import embedded, read_onnx, read_torchscript
 
     described, variants = f"{path} (on its own)", _plain(kind)
     values = (onnx if kind == "onnx" else torchscript).read_metadata(data, str(path))
-    if values is not None:
-        metadata = metadata_from_json(values, str(path))
-        return Source(described, metadata, variants, lambda variant: data, metadata.preprocessing)
+    metadata = None if values is None else metadata_from_json(values, str(path))
+    whole = embedded(path, data) if kind == "onnx" else data
+    if metadata is not None:
+        return Source(described, metadata, variants, lambda variant: whole, metadata.preprocessing)
     if not foreign:
         raise DamagedFile(
             f"{path}: it carries no lenet-deploy metadata, so its labels and preprocessing are not known; export it with lenet-deploy"
         )
-    if kind == "onnx":
-        whole, found = read_onnx(path, data, asked)
-    else:
-        whole, found = data, read_torchscript(path, data, asked)
+    found = (read_onnx if kind == "onnx" else read_torchscript)(path, data, asked)
     return Source(described, None, variants, lambda variant: whole, PlainInput(found.input_shape), found.batch_size)
 
 

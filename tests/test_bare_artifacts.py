@@ -21,11 +21,13 @@ from lenet_deploy.bundle import Bundle
 from lenet_deploy.checkpoint import Checkpoint, to_bytes
 from lenet_deploy.data import Dataset
 from lenet_deploy.errors import BadInput, DamagedFile, first_line
+from lenet_deploy.exporters import METADATA_KEY, ExportOptions
+from lenet_deploy.exporters.onnx import DIGEST_KEY, content_digest, export_torchscript
 from lenet_deploy.parity.judge import PAIR_TOLERANCE, differ
 from lenet_deploy.quiet import quiet_exporter, quiet_torchscript
 from lenet_deploy.records import PlainInput
 from lenet_deploy.report.bench import bench_markdown, remarks
-from lenet_deploy.sources import open_path
+from lenet_deploy.sources import open_path, open_source
 from lenet_deploy.variants import ONNX_TS
 
 SHAPE = (3, 9, 7)
@@ -350,6 +352,8 @@ def test_a_checkpoint_on_either_side_brings_its_oracle(tiny: Checkpoint, few: Da
         report = api.check_pair(*sides, device="cpu", dataset=few, batch_sizes=(1, 3))
         assert report.verdict == "pass"
         assert {result.check for result in report.results} >= {"outputs", "consistency", "isolation", "decisions"}
+    fixed = api.check_pair(saved, to_onnx(tiny.module(), tmp_path / "fixed.onnx", shape, ()), device="cpu", dataset=few)
+    assert (fixed.verdict, {result.batch_size for result in fixed.results} - {None}) == ("pass", {2})
     module = tiny.module()
     module.get_submodule("fc2").weight.data[0] *= 1.01
     report = api.check_pair(saved, to_onnx(module, tmp_path / "bad.onnx", shape), device="cpu", dataset=few, batch_sizes=(3,))
@@ -389,3 +393,17 @@ def test_what_is_not_finite_has_to_be_so_on_both_sides(value: float) -> None:
 def test_scores_too_small_for_float32_are_equal() -> None:
     assert differ(torch.zeros(1, 2), torch.tensor([[1e-38, 3e-39]]), PAIR_TOLERANCE).passed
     assert not differ(torch.zeros(1, 2), torch.tensor([[1e-30, 1e-31]]), PAIR_TOLERANCE).passed
+
+
+def test_our_own_metadata_does_not_let_a_graph_read_from_elsewhere(tiny: Checkpoint, tmp_path: Path) -> None:
+    model = onnx.load_from_string(export_torchscript(tiny.module(), tiny.metadata(), ExportOptions()).data)
+    tensor = model.graph.initializer[0]
+    onnx.external_data_helper.set_external_data(tensor, "../secret")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    text = next(each.value for each in model.metadata_props if each.key == METADATA_KEY)
+    helper.set_model_props(model, {METADATA_KEY: text, DIGEST_KEY: content_digest(model, text)})
+    (tmp_path / "ours.onnx").write_bytes(model.SerializeToString())
+    for reader in (open_path, open_source):
+        with pytest.raises(BadInput, match="outside its folder"):
+            reader(tmp_path / "ours.onnx")

@@ -41,26 +41,17 @@ class Signature:
     batch_size: int | None = None
 
 
-def read_onnx(path: Path, data: bytes, asked: Shape | None) -> tuple[bytes, Signature]:
-    """The bytes of a graph that stand alone, weights from files beside it included, and what it takes.
+def read_onnx(path: Path, data: bytes, asked: Shape | None) -> Signature:
+    """What an ONNX graph takes.
 
     Args:
-        data: of the file at `path`, in whose folder its weights must lie.
         asked: (C, H, W), for what the graph leaves open.
 
     Raises:
-        DamagedFile: not an ONNX file, or its weights are not where it says.
+        DamagedFile: not an ONNX file.
         BadInput: it takes or gives something else than this project can measure, or leaves open what was not asked for.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load_from_string(data)
-    except (DecodeError, ValueError) as error:
-        raise DamagedFile(f"{path}: not a readable ONNX file ({first_line(error)})") from None
-    if not model.graph.node:
-        raise DamagedFile(f"{path}: not a readable ONNX file (it holds no graph)")
+    model = _parsed(path, data)
     held = {tensor.name for tensor in model.graph.initializer}  # old files list their weights among the inputs
     images = _only(path, "takes", "inputs", [value for value in model.graph.input if value.name not in held])
     scores = _only(path, "gives", "outputs", model.graph.output)
@@ -72,7 +63,7 @@ def read_onnx(path: Path, data: bytes, asked: Shape | None) -> tuple[bytes, Sign
     found = _completed(path, shape, asked)
     if batch is not None:
         _check_size(f"{path}: its batch of {batch}", (batch, *found), MAX_BATCH_VALUES)
-    return (_embedded(model, path), Signature(found, batch))
+    return Signature(found, batch)
 
 
 def read_torchscript(path: Path, data: bytes, asked: Shape | None) -> Signature:
@@ -141,10 +132,29 @@ def _sides(sides: Sequence[int]) -> str:
     return " x ".join(map(str, sides))
 
 
-def _embedded(model: onnx.ModelProto, path: Path) -> bytes:
-    """The model with every tensor inside, so that nothing is read from elsewhere when it is opened."""
+def _parsed(path: Path, data: bytes) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_from_string(data)
+    except (DecodeError, ValueError) as error:
+        raise DamagedFile(f"{path}: not a readable ONNX file ({first_line(error)})") from None
+    if not model.graph.node:
+        raise DamagedFile(f"{path}: not a readable ONNX file (it holds no graph)")
+    return model
+
+
+def embedded(path: Path, data: bytes) -> bytes:
+    """The graph at `path` with every tensor inside, so that no runtime reads from elsewhere; as it is where they are.
+
+    Raises:
+        DamagedFile: not an ONNX file, or its weights are not where it says.
+        BadInput: its weights lie outside its folder.
+    """
     import onnx
 
+    model = _parsed(path, data)
     outside = [tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data]
     read: dict[str, bytes] = {}
     for tensor in outside:
@@ -162,8 +172,7 @@ def _embedded(model: onnx.ModelProto, path: Path) -> bytes:
         tensor.raw_data = read[where][offset : offset + length]
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
-    data: bytes = model.SerializeToString()
-    return data
+    return bytes(model.SerializeToString()) if outside else data
 
 
 def _beside(path: Path, tensor: str, where: str) -> bytes:

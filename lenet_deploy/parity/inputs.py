@@ -204,7 +204,7 @@ EAGER: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] 
 }
 
 
-def _one_hot(shape: tuple[int, int, int], generator: torch.Generator, most: int) -> torch.Tensor:
+def _one_hot(shape: tuple[int, int, int], generator: torch.Generator, most: int = MAX_PIXELS) -> torch.Tensor:
     pixels = shape[0] * shape[1] * shape[2]
     chosen = torch.arange(pixels)
     if pixels > most:

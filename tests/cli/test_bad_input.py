@@ -224,7 +224,7 @@ VALUES = [
     ("bench bundle --threads 0", "threads is 0", "from 1 to"),
     ("bench bundle --input-shape 1,28", "--input-shape 1,28", "channels, height and width"),
     ("bench bundle --input-shape 0,28,28", "input shape is 0,28,28", "at least 1"),
-    ("bench bundle --input-shape 3,28,28", "takes images of 1 x 32 x 32", "leave that out"),
+    ("bench bundle --input-shape 3,28,28", "the input shape asked for is 3 x 28 x 28", "leave that out"),
     ("parity bundle --tolerance 1e-5", "--tolerance cannot be used with one bundle", "leave it out"),
     ("parity bundle bundle --drill --require *", "--require, --drill cannot be used with two files", "leave them out"),
     ("parity bundle whole.safetensors --tolerance 1e-5", "a tolerance of its own", "leave the tolerance out"),
