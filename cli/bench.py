@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +10,26 @@ import typer
 from lenet_deploy.errors import BadInput, Inconclusive, Unusable
 
 from .interrupts import INTERRUPTED
-from .options import AllowTf32, BundlePath, Device, Json, Markdown, Quiet, Variants, numbers, settings, words
+from .options import (
+    AllowTf32,
+    Device,
+    InputShape,
+    Json,
+    Markdown,
+    Measurable,
+    Quiet,
+    Variants,
+    input_shape,
+    numbers,
+    refuse,
+    settings,
+    words,
+)
 from .output import check_outputs, emit, note, note_skipped, progress, show
 
 
 def bench(
-    bundle: BundlePath,
+    what: Measurable,
     variants: Variants = None,
     batch: Annotated[
         str | None, typer.Option(metavar="N,...|auto", help="Batch sizes; auto doubles until throughput stops growing.")
@@ -45,12 +58,13 @@ def bench(
     allow_tf32: AllowTf32 = False,
     ort_option: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Session option for ONNX Runtime. Repeatable.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of visits. Default: 0.")] = None,
+    shape: InputShape = None,
     device: Device = "auto",
     json: Json = None,
     markdown: Markdown = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure latency and throughput of every variant that runs here, interleaved, by one clock."""
+    """Measure latency and throughput of every variant of a bundle or file that runs here, interleaved, by one clock."""
     check_outputs(json, markdown)
     options = settings(ort_option, "--ort-option")
     if threads is not None and "intra_op_num_threads" in options:
@@ -63,6 +77,7 @@ def bench(
         "threads": threads,
         "allow_tf32": allow_tf32,
         "ort_options": options,
+        "input_shape": input_shape(shape),
         "device": device,
     }
     # What goes with measurements alone, and what with a scenario alone: nothing given is silently without effect.
@@ -79,22 +94,22 @@ def bench(
     }
     load = {"--latency-bound-ms": latency_bound_ms, "--duration": duration}
     if trace is not None:
-        _refuse("--trace", {**timing, **load, "--scenario": scenario, "--json": json, "--markdown": markdown})
-        _trace(bundle, trace, numbers(batch), shared, quiet)
+        refuse("--trace", {**timing, **load, "--scenario": scenario, "--json": json, "--markdown": markdown})
+        _trace(what, trace, numbers(batch), shared, quiet)
         return
     if scenario:
-        _refuse("--scenario", timing)
+        refuse("--scenario", timing)
         if scenario != "server":
-            _refuse(f"--scenario {scenario}", {"--latency-bound-ms": latency_bound_ms})
+            refuse(f"--scenario {scenario}", {"--latency-bound-ms": latency_bound_ms})
         if scenario.endswith("-stream"):
-            _refuse(f"--scenario {scenario}, whose queries are one launch each", {"--batch": batch})
+            refuse(f"--scenario {scenario}, whose queries are one launch each", {"--batch": batch})
         if batch is not None and len(words(batch)) > 1:
             raise BadInput(f"--batch {batch}: --scenario takes one number, the most images in a launch")
-        _load(bundle, scenario, numbers(batch), duration, latency_bound_ms, shared, json, markdown, quiet)
+        _load(what, scenario, numbers(batch), duration, latency_bound_ms, shared, json, markdown, quiet)
         return
-    _refuse("a bench without --scenario", load)
+    refuse("a bench without --scenario", load)
     if rounds is not None:
-        _refuse("--rounds, which says how much is measured", {"--limit": limit})
+        refuse("--rounds, which says how much is measured", {"--limit": limit})
     from lenet_deploy import api
     from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table
     from lenet_deploy.store import bench_json
@@ -102,7 +117,7 @@ def bench(
     sweep = batch == "auto"
     with progress(quiet) as advance:
         report = api.benchmark(
-            bundle,
+            what,
             batch_sizes=None if sweep else numbers(batch),
             sweep=sweep,
             slo_s=None if slo_ms is None else slo_ms / 1e3,
@@ -127,14 +142,8 @@ def bench(
         note(f"no batch size keeps {slo_ms:g} ms", quiet)
 
 
-def _refuse(what: str, options: Mapping[str, object]) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise BadInput(f"{', '.join(given)} cannot be used with {what}; leave {'them' if len(given) > 1 else 'it'} out")
-
-
 def _load(
-    bundle: Path,
+    what: Path,
     scenario: str,
     sizes: tuple[int, ...] | None,
     duration: float | None,
@@ -152,7 +161,7 @@ def _load(
 
     with progress(quiet) as advance:
         report = api.load_test(
-            bundle,
+            what,
             scenario,
             duration_s=duration,
             latency_bound_s=None if latency_bound_ms is None else latency_bound_ms / 1e3,
@@ -173,13 +182,13 @@ def _load(
         )
 
 
-def _trace(bundle: Path, directory: Path, sizes: tuple[int, ...] | None, shared: dict[str, Any], quiet: bool) -> None:
+def _trace(what: Path, directory: Path, sizes: tuple[int, ...] | None, shared: dict[str, Any], quiet: bool) -> None:
     from lenet_deploy import api
     from lenet_deploy.report.table import to_text
     from lenet_deploy.report.trace import trace_lines, trace_tables
 
     with progress(quiet) as advance:
-        traces, skipped = api.trace(bundle, directory, batch_sizes=sizes, progress=advance, **shared)
+        traces, skipped = api.trace(what, directory, batch_sizes=sizes, progress=advance, **shared)
     note_skipped(skipped, quiet)
     for each in traces:
         show(*(f"{title}\n{to_text(table)}\n" for title, table in trace_tables(each)), *trace_lines(each), "")

@@ -22,8 +22,8 @@ def inspect(what: What = "lenet5", set_: Set = None, json: Json = None) -> None:
         from lenet_deploy.sources import open_source
 
         source = open_source(what, settings=settings(set_))
-        name, described = source.metadata.model, f"{source.described}: {source.metadata.model}"
-        config = find_model(name).config_from(source.metadata.config)
+        name, described = source.known.model, f"{source.described}: {source.known.model}"
+        config = find_model(name).config_from(source.known.config)
     layers = config.layers()
     shape = (config.in_channels, config.image_size, config.image_size)
     body = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 MODEL_NAMES = ", ".join(model.name for model in MODELS)
 
 What = Annotated[str, typer.Argument(help="A model name, a name of the zoo, a checkpoint, a bundle folder or an artifact file.")]
-BundlePath = Annotated[Path, typer.Argument(help="A bundle folder, as written by export.", show_default=False)]
+Judged = Annotated[Path, typer.Argument(help="A bundle folder; with OTHER any artifact, checkpoint or bundle.", show_default=False)]
+Other = Annotated[Path | None, typer.Argument(help="A file to judge against the first, whoever exported it.", show_default=False)]
+Measurable = Annotated[Path, typer.Argument(help="A bundle folder, a checkpoint, or an artifact file of any origin.", show_default=False)]
+InputShape = Annotated[
+    str | None, typer.Option("--input-shape", metavar="C,H,W", help="Images that a file of another origin takes, where it does not say.")
+]
 Data = Annotated[str, typer.Option("--data", help="digits (embedded), mnist, fashion-mnist, cifar10, or FILE.npz.")]
 OptionalData = Annotated[
     str | None, typer.Option("--data", help="Real images: a data set name or FILE.npz. Default: the one trained on, else digits.")
@@ -61,6 +67,23 @@ def numbers(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in words(text))
     except ValueError:
         raise BadInput(f"{text!r} is not whole numbers separated by commas") from None
+
+
+def input_shape(text: str | None) -> tuple[int, int, int] | None:
+    """The three whole numbers of `C,H,W`, or None for None; raises BadInput."""
+    found = numbers(text)
+    if found is None:
+        return None
+    if len(found) != 3:
+        raise BadInput(f"--input-shape {text}: it takes channels, height and width, as in 1,28,28")
+    return (found[0], found[1], found[2])
+
+
+def refuse(what: str, options: Mapping[str, object]) -> None:
+    """Raise BadInput for the options that were given, by name, since they would have no effect with `what`."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise BadInput(f"{', '.join(given)} cannot be used with {what}; leave {'them' if len(given) > 1 else 'it'} out")
 
 
 def settings(given: list[str] | None, option: str = "--set") -> dict[str, str]:

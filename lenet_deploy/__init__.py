@@ -3,7 +3,7 @@
 Importing this package imports no torch, onnx, onnxruntime or numpy; the functions import what they need.
 """
 
-from lenet_deploy.api import ExportReport, ParityFailed, benchmark, check_parity, export
+from lenet_deploy.api import ExportReport, ParityFailed, benchmark, check_pair, check_parity, export
 from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, LenetDeployError, Unusable
 from lenet_deploy.records import BenchReport, Environment, Failure, Measurement, ParityReport, ParityResult
 from lenet_deploy.sources import load
@@ -26,6 +26,7 @@ __all__ = [
     "Unusable",
     "__version__",
     "benchmark",
+    "check_pair",
     "check_parity",
     "export",
     "load",

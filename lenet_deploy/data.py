@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, first_line
-from lenet_deploy.records import Preprocessing
+from lenet_deploy.records import ImageInput, Preprocessing
 from lenet_deploy.store import check_zip, read_file
 
 if TYPE_CHECKING:
@@ -147,12 +147,12 @@ def fit(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
     return functional.pad(images, border).contiguous() if any(border) else images.contiguous()
 
 
-def normalise(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+def normalise(images: torch.Tensor, preprocessing: ImageInput) -> torch.Tensor:
     """uint8 (N, C, H, W) to float32 of the same shape, `(pixel / 255 - mean) / std`, on the images' device."""
     return normalise_into(torch.empty(images.shape, dtype=torch.float32, device=images.device), images, preprocessing)
 
 
-def normalise_into(out: torch.Tensor, images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+def normalise_into(out: torch.Tensor, images: torch.Tensor, preprocessing: ImageInput) -> torch.Tensor:
     """As `normalise`, written into `out`, an existing float32 tensor on the images' device."""
     if len(set(preprocessing.mean)) == len(set(preprocessing.std)) == 1:  # one affine map for all channels: plain scalars
         scale, shift = 1 / (255 * preprocessing.std[0]), -preprocessing.mean[0] / preprocessing.std[0]

@@ -75,5 +75,9 @@ class CannotWrite(LenetDeployError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for a message of our own; its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, for a message of our own; its type where it has none.
+
+    TorchScript's interpreter begins with that something failed, shows its source, and ends with what it was.
+    """
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[-1 if lines[0].startswith("The following operation failed in the TorchScript interpreter") else 0]

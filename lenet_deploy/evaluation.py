@@ -23,25 +23,28 @@ if TYPE_CHECKING:
 def accuracies(
     source: Source, variants: Iterable[Variant], dataset: Dataset, device: str = "auto"
 ) -> tuple[tuple[AccuracyRow, ...], tuple[Failure, ...]]:
-    """Top-1 accuracy on `dataset`'s test split of each variant that runs here, and why the others do not."""
-    batches = _test_batches(dataset, source.metadata.preprocessing)
+    """Top-1 answers on `dataset`'s test split of each variant that runs here, and why the others do not."""
+    import torch
+
+    labels, batches = source.known.labels, _test_batches(dataset, source.known.preprocessing)
     rows, skipped = [], []
     with computing(device):
         for variant in variants:
             try:
                 with open_session(source, variant, device) as session:
-                    hits = [_scores(source, session, images).argmax(dim=1) == labels for images, labels in batches]
+                    counted = torch.stack([_confusion(_scores(source, session, images), truth) for images, truth in batches]).sum(dim=0)
             except Unusable as error:
                 skipped.append(Failure(variant.name, str(error)))
                 continue
             except DamagedFile as error:
                 raise DamagedFile(f"{source.described}: {error}") from None
-            rows.append(AccuracyRow(variant.name, sum(int(hit.sum()) for hit in hits), len(dataset.test_images)))
+            confusion = tuple(map(tuple, counted.tolist()))
+            rows.append(AccuracyRow(variant.name, int(counted.trace()), len(dataset.test_images), confusion, labels))
     return tuple(rows), tuple(skipped)
 
 
 def evaluate(what: str | Path, dataset: Dataset, *, seed: int = 0, device: str = "auto") -> AccuracyReport:
-    """Accuracy on `dataset`'s test split of a checkpoint, of one artifact, or of every variant of a bundle.
+    """Accuracy, and precision and recall of each class, on `dataset`'s test split: of a checkpoint, an artifact, or a bundle's variants.
 
     Args:
         seed: of the weights, where `what` is a model's name.
@@ -51,8 +54,8 @@ def evaluate(what: str | Path, dataset: Dataset, *, seed: int = 0, device: str =
         Unusable: nothing of it runs here.
     """
     source = open_source(what, seed=seed)
-    if len(dataset.labels) > len(source.metadata.labels):
-        raise BadInput(f"{dataset.name} has {len(dataset.labels)} classes and this model {len(source.metadata.labels)}")
+    if len(dataset.labels) > len(source.known.labels):
+        raise BadInput(f"{dataset.name} has {len(dataset.labels)} classes and this model {len(source.known.labels)}")
     rows, skipped = accuracies(source, on_device(source.variants, device), dataset, device)
     if not rows:
         raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in skipped))
@@ -90,7 +93,7 @@ def predict(
         raise BadInput(f"top is {top}; it must be at least 1")
     source = open_source(what, seed=seed)
     candidates = on_device(select_variants((variant,), source.variants) if variant else source.variants, device)
-    spec = source.metadata.preprocessing
+    spec = source.known.preprocessing
     pixels = torch.cat([load_image(Path(path), spec, invert) for path in images])
     reasons = []
     with computing(device):
@@ -105,7 +108,7 @@ def predict(
                 raise DamagedFile(f"{source.described}: {error}") from None
             ranked = shares.topk(min(top, shares.shape[1]))
             return tuple(
-                Prediction(str(path), candidate.name, tuple((source.metadata.labels[i], p) for i, p in zip(row, values, strict=True)))
+                Prediction(str(path), candidate.name, tuple((source.known.labels[i], p) for i, p in zip(row, values, strict=True)))
                 for path, row, values in zip(images, ranked.indices.tolist(), ranked.values.tolist(), strict=True)
             )
     raise Unusable("; ".join(reasons))
@@ -131,10 +134,21 @@ def _scores(source: Source, session: Session, images: torch.Tensor) -> torch.Ten
         scores = run_batch(session, images)
     except Exception as error:  # whatever a runtime raises for a graph that does not take this batch
         raise DamagedFile(f"it does not run on its own kind of image: {first_line(error)}") from None
-    wanted = (len(images), len(source.metadata.labels))
+    wanted = (len(images), len(source.known.labels))
     if scores.shape != wanted:
         raise DamagedFile(f"its scores have shape {tuple(scores.shape)} where its labels ask for {wanted}")
     return scores
+
+
+def _confusion(scores: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Images by class (rows) and by class of the top score (columns): int64 (classes, classes).
+
+    Args:
+        scores: (N, classes).
+        truth: int64 (N,), below `classes`.
+    """
+    classes = scores.shape[1]
+    return (truth * classes + scores.argmax(dim=1)).bincount(minlength=classes * classes).view(classes, classes)
 
 
 def _test_batches(dataset: Dataset, preprocessing: Preprocessing) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from lenet_deploy import order_statistics
 
@@ -33,6 +33,30 @@ class Preprocessing:
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the model's input."""
         return (self.channels, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class PlainInput:
+    """The input of a graph whose preprocessing nobody wrote down: each value is `pixel / 255`, float32, layout (N, C, H, W).
+
+    Attributes:
+        input_shape: (C, H, W).
+    """
+
+    input_shape: tuple[int, int, int]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Nothing is taken off."""
+        return (0.0,) * self.input_shape[0]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Nothing is scaled."""
+        return (1.0,) * self.input_shape[0]
+
+
+ImageInput: TypeAlias = Preprocessing | PlainInput
 
 
 @dataclass(frozen=True)
@@ -591,12 +615,52 @@ class RuntimeStatus:
 
 
 @dataclass(frozen=True)
+class ClassCounts:
+    """One class of a test split.
+
+    Attributes:
+        images: those that are of it.
+        predicted: those that are taken for it.
+        correct: those of both.
+    """
+
+    label: str
+    images: int
+    predicted: int
+    correct: int
+
+    @property
+    def precision(self) -> float | None:
+        """Percent of those taken for it that are of it; None where none is taken for it."""
+        return 100.0 * self.correct / self.predicted if self.predicted else None
+
+    @property
+    def recall(self) -> float | None:
+        """Percent of those of it that are taken for it; None where there are none."""
+        return 100.0 * self.correct / self.images if self.images else None
+
+
+@dataclass(frozen=True)
 class AccuracyRow:
-    """Accuracy of one variant: percent of `images` whose top score is the label, with a 95 % Wilson interval."""
+    """Accuracy of one variant: percent of `images` whose top score is the label, with a 95 % Wilson interval.
+
+    Attributes:
+        confusion: images by their class and by the class of their top score, as rows and columns; empty where only hits were counted.
+        labels: of the classes, in that order; empty likewise.
+    """
 
     variant: str
     correct: int
     images: int
+    confusion: tuple[tuple[int, ...], ...] = ()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[ClassCounts, ...]:
+        """Every class of the confusion."""
+        predicted = [sum(column) for column in zip(*self.confusion, strict=True)]
+        named = zip(self.labels, self.confusion, strict=True)
+        return tuple(ClassCounts(label, sum(row), predicted[i], row[i]) for i, (label, row) in enumerate(named))
 
     @property
     def accuracy(self) -> float:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lenet_deploy import zoo
 from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, first_line
 from lenet_deploy.models import MODELS, find_model
-from lenet_deploy.records import Artifact, ArtifactMetadata
+from lenet_deploy.records import Artifact, ArtifactMetadata, ImageInput, PlainInput
 from lenet_deploy.runtimes import PLAIN
 from lenet_deploy.variants import CHECKPOINT, DEVICES, VARIANTS, Variant, select_variants
 
@@ -24,18 +24,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """What a WHAT argument turned out to be: metadata always, and the bytes of what can be run.
+    """What a WHAT argument turned out to be, and the bytes of what can be run.
 
     Attributes:
         described: one line for the user.
+        metadata: None of a file that was exported elsewhere, which only `open_path` takes.
         variants: what can run it.
         read: verified bytes of an artifact.
+        input: how an image becomes its input.
+        batch_size: the only one that it takes; None where it takes any.
+        accuracies: percent on the test split by variant, where a manifest knows them.
     """
 
     described: str
-    metadata: ArtifactMetadata
+    metadata: ArtifactMetadata | None
     variants: tuple[Variant, ...]
     read: Callable[[Variant], bytes]
+    input: ImageInput
+    batch_size: int | None = None
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def known(self) -> ArtifactMetadata:
+        """The metadata of a source that `open_source` opened."""
+        assert self.metadata is not None, "open_source refuses what carries none"
+        return self.metadata
 
 
 def load(what: str | Path, *, model: str | None = None, settings: Mapping[str, str] | None = None, seed: int = 0) -> Checkpoint:
@@ -77,32 +90,40 @@ def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, 
     Raises:
         BadInput: nothing of that name, or a file that is damaged or of another kind.
     """
-    from lenet_deploy.bundle import MANIFEST, open_bundle
-    from lenet_deploy.store import read_file
+    from lenet_deploy.bundle import open_bundle
 
     if str(what) in (*(entry.name for entry in MODELS), *zoo.names()):
         return _checkpoint_source(what, load(what, settings=settings, seed=seed))
     path = _path(what)
-    carries_its_own = BadInput(f"{path}: it carries its own model and config, so --set has nothing to change")
-    if path.is_dir():
-        if settings:
-            raise carries_its_own
-        return bundle_source(open_bundle(path))
-    if path.is_file() and (path.parent / MANIFEST).is_file():
-        bundle = open_bundle(path.parent)
-        listed = next((each for each in bundle.manifest.artifacts if each.path == path.name), None)
-        if listed is not None:
-            if settings:
-                raise carries_its_own
-            return bundle_source(bundle, listed)
-    if path.is_file():
-        data = read_file(path, "a model")
-        kind = _artifact_kind(path, data)
-        if kind is not None:
-            if settings:
-                raise carries_its_own
-            return _bare_source(path, data, kind)
-    return _checkpoint_source(what, load(what, settings=settings, seed=seed))
+    source = bundle_source(open_bundle(path)) if path.is_dir() else _artifact_source(path)
+    if source is None:
+        return _checkpoint_source(what, load(what, settings=settings, seed=seed))
+    if settings:
+        raise BadInput(f"{path}: it carries its own model and config, so --set has nothing to change")
+    return source
+
+
+def open_path(what: str | Path, input_shape: tuple[int, int, int] | None = None) -> Source:
+    """A bundle folder or one file, ready to run: a checkpoint, an artifact of ours, or one that was exported elsewhere.
+
+    Args:
+        input_shape: (C, H, W) of the images that a file of another origin takes, where it does not say.
+
+    Raises:
+        BadInput: as `open_source`; or a file of another origin that takes something else than images, or images of unknown size.
+    """
+    from lenet_deploy.bundle import open_bundle
+
+    path = _path(what)
+    if input_shape and min(input_shape) < 1:
+        raise BadInput(f"the input shape is {','.join(map(str, input_shape))}; channels, height and width must be at least 1")
+    source = _artifact_source(path, foreign=True, asked=input_shape) if path.is_file() else bundle_source(open_bundle(path))
+    source = source or _checkpoint_source(path, load(path))
+    taken = source.input.input_shape
+    if input_shape not in (None, taken):
+        sides = [" x ".join(map(str, shape)) for shape in (taken, input_shape or ())]
+        raise BadInput(f"{path}: it takes images of {sides[0]}, and the input shape asked for is {sides[1]}; leave that out")
+    return source
 
 
 def parity_dataset(checkpoint: Checkpoint, data_dir: Path | None = None) -> Dataset:
@@ -146,7 +167,12 @@ def bundle_source(bundle: Bundle, only: Artifact | None = None) -> Source:
     held = [artifact.name for artifact in ((only,) if only else bundle.manifest.artifacts)]
     runs = tuple(v for v in VARIANTS if v.artifact.name in held and (only is None or v.options == PLAIN))
     where = f"{bundle.path / only.path}" if only else f"{bundle.path} (bundle)"
-    return Source(where, bundle.metadata, runs, lambda variant: bundle.read(artifact_of(bundle, variant)))
+    accuracies = {name: percent for artifact in bundle.manifest.artifacts for name, percent in artifact.accuracy.items()}
+
+    def read(variant: Variant) -> bytes:
+        return bundle.read(artifact_of(bundle, variant))
+
+    return Source(where, bundle.metadata, runs, read, bundle.metadata.preprocessing, accuracies=accuracies)
 
 
 def _path(what: str | Path) -> Path:
@@ -163,7 +189,7 @@ def _checkpoint_source(what: str | Path, loaded: Checkpoint) -> Source:
 
     data = checkpoint.to_bytes(loaded)
     described = f"{what} ({loaded.provenance.get('source', 'checkpoint')})"
-    return Source(described, loaded.metadata(), _plain(CHECKPOINT.format), lambda variant: data)
+    return Source(described, loaded.metadata(), _plain(CHECKPOINT.format), lambda variant: data, loaded.preprocessing)
 
 
 def _plain(format: str) -> tuple[Variant, ...]:
@@ -172,21 +198,42 @@ def _plain(format: str) -> tuple[Variant, ...]:
     return tuple(per_device[device] for device in DEVICES)
 
 
-def _artifact_kind(path: Path, data: bytes) -> str | None:
+def _artifact_source(path: Path, foreign: bool = False, asked: tuple[int, int, int] | None = None) -> Source | None:
+    """A file as an artifact: of the bundle that it lies in, else on its own; None where it is no artifact."""
+    from lenet_deploy.bundle import MANIFEST, open_bundle
     from lenet_deploy.checkpoint import is_torchscript
+    from lenet_deploy.store import read_file
 
-    if path.suffix == ".onnx":
-        return "onnx"
-    return "torchscript" if is_torchscript(data) else None
+    if not path.is_file():
+        return None
+    if (path.parent / MANIFEST).is_file():
+        bundle = open_bundle(path.parent)
+        listed = next((each for each in bundle.manifest.artifacts if each.path == path.name), None)
+        if listed is not None:
+            return bundle_source(bundle, listed)
+    data = read_file(path, "a model")
+    if path.suffix == ".onnx" or is_torchscript(data):
+        return _bare_source(path, data, "onnx" if path.suffix == ".onnx" else "torchscript", foreign, asked)
+    return None
 
 
-def _bare_source(path: Path, data: bytes, kind: str) -> Source:
+def _bare_source(path: Path, data: bytes, kind: str, foreign: bool, asked: tuple[int, int, int] | None) -> Source:
     from lenet_deploy.checkpoint import metadata_from_json
     from lenet_deploy.exporters import onnx, torchscript
+    from lenet_deploy.exporters.signature import embedded, read_onnx, read_torchscript
 
+    described, variants = f"{path} (on its own)", _plain(kind)
     values = (onnx if kind == "onnx" else torchscript).read_metadata(data, str(path))
-    metadata = metadata_from_json(values, str(path))
-    return Source(f"{path} (on its own)", metadata, _plain(kind), lambda variant: data)
+    metadata = None if values is None else metadata_from_json(values, str(path))
+    whole = embedded(path, data) if kind == "onnx" else data
+    if metadata is not None:
+        return Source(described, metadata, variants, lambda variant: whole, metadata.preprocessing)
+    if not foreign:
+        raise DamagedFile(
+            f"{path}: it carries no lenet-deploy metadata, so its labels and preprocessing are not known; export it with lenet-deploy"
+        )
+    found = (read_onnx if kind == "onnx" else read_torchscript)(path, data, asked)
+    return Source(described, None, variants, lambda variant: whole, PlainInput(found.input_shape), found.batch_size)
 
 
 def open_session(
@@ -197,8 +244,7 @@ def open_session(
     Args:
         ort: session options for a variant that ONNX Runtime runs; see `with_ort_options` for what else to do with them.
     """
-    shape = source.metadata.preprocessing.input_shape
-    return variant.with_ort(ort or {}).open_session(source.read(variant), shape, device_of(variant, device))
+    return variant.with_ort(ort or {}).open_session(source.read(variant), source.input.input_shape, device_of(variant, device))
 
 
 def on_device(variants: Iterable[Variant], device: str) -> tuple[Variant, ...]:

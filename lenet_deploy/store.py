@@ -241,8 +241,18 @@ def doctor_json(statuses: tuple[RuntimeStatus, ...], environment: Environment) -
 
 
 def evaluate_json(report: AccuracyReport) -> str:
-    """`evaluate` JSON, schema version 1."""
-    rows = [{"variant": row.variant, "accuracy": row.accuracy, "ci95": row.ci95, "images": row.images} for row in report.rows]
+    """`evaluate` JSON, schema version 1: the counts beside what is derived from them."""
+    rows = [
+        {
+            "variant": row.variant,
+            "accuracy": row.accuracy,
+            "ci95": row.ci95,
+            "images": row.images,
+            "classes": [{**dataclasses.asdict(each), "precision": each.precision, "recall": each.recall} for each in row.classes],
+            "confusion": row.confusion,
+        }
+        for row in report.rows
+    ]
     return dump("evaluate", 1, report.environment, {"rows": rows, "skipped": _skipped(report.skipped)})
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lenet_deploy import api, data, environment, train
+from lenet_deploy import api, data, environment, pairing, train
 from lenet_deploy.bundle import Bundle, open_bundle, write_artifact, write_manifest
 from lenet_deploy.checkpoint import Checkpoint, to_bytes
 from lenet_deploy.devices import computing_on
@@ -61,6 +61,7 @@ def checkpoint(digits: data.Dataset) -> Checkpoint:
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen generated images of each kind where users get 256; what a session shares, and real processes, have those."""
     monkeypatch.setattr(api, "INPUTS", 16)
+    monkeypatch.setattr(pairing, "INPUTS", 16)
 
 
 @pytest.fixture(scope="session")

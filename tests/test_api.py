@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from lenet_deploy import api
+from lenet_deploy import api, evaluation
 from lenet_deploy.bundle import Bundle, open_bundle
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset
 from lenet_deploy.errors import BadInput, DamagedFile, GateFailed, LenetDeployError, UnknownName, Unusable
 from lenet_deploy.exporters import Exported, Exporter, ExportOptions
-from lenet_deploy.records import ArtifactMetadata
+from lenet_deploy.records import AccuracyRow, ArtifactMetadata
 from lenet_deploy.runtimes import onnxruntime
 from lenet_deploy.train import correct_top1
 from lenet_deploy.variants import CHECKPOINT, DEVICES, RUNTIMES, SCRIPT, TRACE, VARIANTS, ArtifactSpec
@@ -286,6 +286,22 @@ def test_evaluate_counts_what_the_checkpoints_module_gets_right(checkpoint: Chec
     (row,) = api.evaluate(bundle.path / CHECKPOINT.path, digits, device="cpu").rows
     assert (row.variant, row.correct, row.images) == ("eager/torch-cpu/fp32", correct, len(digits.test_images))
     assert row.ci95[0] < row.accuracy < row.ci95[1]
+
+
+def test_the_confusion_counts_what_the_module_takes_each_image_for(checkpoint: Checkpoint, bundle: Bundle, digits: Dataset) -> None:
+    found = evaluation.probabilities(checkpoint, digits.test_images).argmax(dim=1)
+    (row,) = api.evaluate(bundle.path / CHECKPOINT.path, digits, device="cpu").rows
+    for truth, counts in enumerate(row.confusion):
+        assert counts == tuple(int(((digits.test_labels == truth) & (found == taken)).sum()) for taken in range(10))
+    assert (row.labels, sum(map(sum, row.confusion))) == (digits.labels, row.images)
+    assert row.correct == sum(each.correct for each in row.classes)
+
+
+def test_precision_and_recall_are_none_where_they_are_not_defined() -> None:
+    confusion = ((3, 0, 0, 0), (1, 2, 0, 0), (1, 1, 0, 0), (0, 0, 0, 0))  # nothing is taken for c, and d does not occur
+    classes = AccuracyRow("v", 5, 8, confusion, ("a", "b", "c", "d")).classes
+    assert [each.precision for each in classes] == [pytest.approx(60), pytest.approx(200 / 3), None, None]
+    assert [each.recall for each in classes] == [100.0, pytest.approx(200 / 3), 0.0, None]
 
 
 def test_evaluate_of_one_artifact_has_that_artifacts_variants(bundle: Bundle, digits: Dataset) -> None:

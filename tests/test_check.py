@@ -166,11 +166,11 @@ def test_the_whole_set_runs_at_the_largest_size_and_its_first_images_at_the_othe
         alone = torch.cat([next(batches) for _ in range(ALONE)])
         assert torch.equal(alone, inputs.images[torch.arange(ALONE) % len(inputs.images)])
         for size in sizes:
-            count = max(len(inputs.images), size) if size == max(sizes) else size
+            count = -(-len(inputs.images) // size) * size if size == max(sizes) else size
             wanted = inputs.images[torch.arange(count) % len(inputs.images)]
-            launched = [next(batches) for _ in range(-(-count // size))]
-            assert torch.equal(torch.cat(launched), wanted), "every image, a small set repeated"
-            assert {len(batch) for batch in launched[:-1]} <= {size}
+            launched = [next(batches) for _ in range(count // size)]
+            assert torch.equal(torch.cat(launched), wanted), "every image, the first ones once more to fill the last batch"
+            assert {len(batch) for batch in launched} == {size}, "graphs that are made for one batch size take no other"
 
 
 def test_a_permuted_batch_holds_the_same_images_in_another_order_and_one_image_alone_is_poisoned(trial: Trial, tiny: Checkpoint) -> None:

@@ -30,7 +30,7 @@ from lenet_deploy.variants import VARIANTS, Variant
 ON_CPU = [variant for variant in VARIANTS if variant.device == "cpu"]
 GREY = Preprocessing(1, 4, 0, (0.0,), (1.0,))
 PLAN = Plan(
-    bundle="",
+    what="",
     device="auto",
     variants=(),
     batch_sizes={},

@@ -40,6 +40,7 @@ PUBLIC = [
     "Unusable",
     "__version__",
     "benchmark",
+    "check_pair",
     "check_parity",
     "export",
     "load",
@@ -47,7 +48,7 @@ PUBLIC = [
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "torchvision", "safetensors", "PIL")
 # Heavy or optional packages and the only files that may import them, even inside a function.
 HOMES = {
-    "onnx": {"exporters/onnx.py", "runtimes/onnx_taps.py", "runtimes/onnxruntime.py"},
+    "onnx": {"exporters/onnx.py", "exporters/signature.py", "runtimes/onnx_taps.py", "runtimes/onnxruntime.py"},
     "onnxruntime": {"runtimes/onnxruntime.py"},
     "torchvision": {"data.py"},
     "PIL": {"data.py"},

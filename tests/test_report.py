@@ -31,6 +31,8 @@ from lenet_deploy.report.table import Table, to_markdown, to_text
 from lenet_deploy.report.tables import (
     accuracy_table,
     artifact_table,
+    class_table,
+    class_title,
     doctor_table,
     environment_line,
     layer_error_table,
@@ -311,6 +313,17 @@ def test_the_doctor_table_says_yes_or_no_and_the_fix() -> None:
 
 def test_the_accuracy_table_has_percents_and_their_interval() -> None:
     assert accuracy_table((AccuracyRow("v", 15, 148),)).rows == (("v", "10.14", "6.24 - 16.05", "148"),)
+
+
+def test_the_class_table_is_the_first_variants_and_says_who_answers_otherwise() -> None:
+    first = AccuracyRow("a", 5, 8, ((3, 0, 0), (1, 2, 0), (1, 1, 0)), ("0", "1", "2"))
+    other = dataclasses.replace(first, variant="c", confusion=((3, 0, 0), (1, 2, 0), (2, 0, 0)))
+    table = class_table((first, other))
+    assert table.columns == ("class", "images", "precision %", "recall %")
+    assert table.rows == (("0", "3", "60.00", "100.00"), ("1", "3", "66.67", "66.67"), ("2", "2", "-", "0.00"))
+    assert class_title((first,)) == "Classes"
+    assert class_title((first, dataclasses.replace(first, variant="b"))) == "Classes, the same by every variant"
+    assert class_title((first, other)) == "Classes, by a; c answered otherwise, see --json"
 
 
 def test_the_prediction_table_ranks_the_labels_of_each_image() -> None:

@@ -106,7 +106,7 @@ BENCH = BenchReport(
     partial="interrupted",
 )
 STATUSES = (RuntimeStatus("eager-cpu", True, "2 threads"), RuntimeStatus("eager-cuda", False, "no GPU", "get one"))
-ROWS = (AccuracyRow("a", 15, 148),)
+ROWS = (AccuracyRow("a", 3, 4, ((3, 0), (1, 0)), ("cat", "dog")),)
 EPOCHS = (EpochStats(1, 2.3, 0.003, 97.5, 12345.6),)
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
@@ -298,9 +298,12 @@ def test_doctor_has_the_documented_keys() -> None:
 
 def test_evaluate_has_the_documented_keys() -> None:
     (row,) = document("evaluate")["rows"]
-    assert (row["variant"], row["images"]) == ("a", 148)
-    assert row["accuracy"] == pytest.approx(100 * 15 / 148)
-    assert row["ci95"] == pytest.approx([6.24, 16.05], abs=0.01)
+    assert (row["variant"], row["images"], row["accuracy"]) == ("a", 4, 75.0)
+    assert row["ci95"] == pytest.approx([30.06, 95.44], abs=0.01)
+    assert row["confusion"] == [[3, 0], [1, 0]]
+    cat, dog = row["classes"]
+    assert cat == {"label": "cat", "images": 3, "predicted": 4, "correct": 3, "precision": 75.0, "recall": 100.0}
+    assert (dog["label"], dog["images"], dog["precision"], dog["recall"]) == ("dog", 1, None, 0.0), "nothing was taken for it"
 
 
 def test_metrics_has_every_epoch() -> None:

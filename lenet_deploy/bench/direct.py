@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 from lenet_deploy import environment
 from lenet_deploy.bench.coordinator import Progress
 from lenet_deploy.bench.plan import find_profile
-from lenet_deploy.bench.run import chosen_variants, opened_bundle, silent, sizes_of
-from lenet_deploy.errors import Unusable
+from lenet_deploy.bench.run import chosen_variants, opened, silent, sizes_for, taken
+from lenet_deploy.errors import BadInput, Unusable
 from lenet_deploy.records import BenchReport, Failure, LoadResult, TraceReport
-from lenet_deploy.sources import Source, bundle_source, computing, device_of, open_session
+from lenet_deploy.sources import computing, device_of, open_session
 
 if TYPE_CHECKING:
     from lenet_deploy.bundle import Bundle
@@ -23,7 +24,7 @@ IMAGES = 1024  # that a scenario asks for, as LoadGen's own references do
 
 
 def load_test(
-    bundle: str | Path | Bundle,
+    what: str | Path | Bundle,
     scenario: str,
     *,
     variants: Iterable[str] | None = None,
@@ -35,9 +36,10 @@ def load_test(
     allow_tf32: bool = False,
     ort_options: Mapping[str, str] | None = None,
     device: str = "auto",
+    input_shape: tuple[int, int, int] | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
-    """What MLPerf LoadGen says of the variants of a bundle under load; those that cannot run here are listed with the reason.
+    """What MLPerf LoadGen says of the variants of a bundle or file under load; those that cannot run here are listed with the reason.
 
     Args:
         scenario: `single-stream`, `multi-stream`, `server` or `offline`, see `bench.scenarios.run_scenario`.
@@ -59,26 +61,27 @@ def load_test(
 
     find_scenario(scenario)
     load_binding()
-    opened = opened_bundle(bundle)
-    selected = chosen_variants(opened, variants, find_profile(profile), device, threads, ort_options)
-    spec = opened.metadata.preprocessing
-    images = bench_images(IMAGES, spec)
+    source = opened(what, input_shape)
+    if source.batch_size:
+        raise BadInput(f"{source.described} takes batches of {source.batch_size} alone, and a scenario needs any; export it anew")
+    selected = chosen_variants(source, variants, find_profile(profile), device, threads, ort_options)
+    images = bench_images(IMAGES, source.input)
     given = {"duration_s": duration_s, "latency_bound_s": latency_bound_s, "batch_size": batch_size}
     asked = {name: value for name, value in given.items() if value is not None}
 
-    def one(source: Source, variant: Variant) -> LoadResult:
+    def one(variant: Variant) -> LoadResult:
         with open_session(source, variant, device) as session:
-            return run_scenario(session, images, spec, scenario, variant=variant.name, progress=progress, **asked)  # type: ignore[arg-type]
+            return run_scenario(session, images, source.input, scenario, variant=variant.name, progress=progress, **asked)  # type: ignore[arg-type]
 
     with computing(device, allow_tf32, threads):
-        found, skipped, partial = _each(bundle_source(opened), selected, one)
+        found, skipped, partial = _each(selected, one)
         captured = environment.capture()
     options = {"profile": profile, "scenario": scenario, "threads": threads, "allow_tf32": allow_tf32, "ort": dict(ort_options or {})}
-    return BenchReport((), skipped, captured, options=options, loads=found, partial=partial)
+    return BenchReport((), skipped, captured, options=options | taken(source), loads=found, partial=partial)
 
 
 def trace(
-    bundle: str | Path | Bundle,
+    what: str | Path | Bundle,
     directory: str | Path,
     *,
     variants: Iterable[str] | None = None,
@@ -88,6 +91,7 @@ def trace(
     allow_tf32: bool = False,
     ort_options: Mapping[str, str] | None = None,
     device: str = "auto",
+    input_shape: tuple[int, int, int] | None = None,
     progress: Progress = silent,
 ) -> tuple[tuple[TraceReport, ...], tuple[Failure, ...]]:
     """The operators of each variant and batch size, as a Chrome trace in `directory` and as times; and the variants that cannot run here.
@@ -103,40 +107,37 @@ def trace(
     from lenet_deploy.bench.trace import profiled_opener
     from lenet_deploy.bench.trace import trace as trace_one
 
-    opened = opened_bundle(bundle)
-    selected = chosen_variants(opened, variants, find_profile(profile), device, threads, ort_options)
-    sizes, spec = sizes_of(batch_sizes or (1,)), opened.metadata.preprocessing
+    source = opened(what, input_shape)
+    selected = chosen_variants(source, variants, find_profile(profile), device, threads, ort_options)
+    sizes, shape = sizes_for(source, batch_sizes, (1,)), source.input.input_shape
     done = iter(range(1, 1 + len(selected) * len(sizes)))
 
-    def one(source: Source, variant: Variant) -> tuple[TraceReport, ...]:
-        return tuple(traced(source, variant))
+    def one(variant: Variant) -> tuple[TraceReport, ...]:
+        return tuple(traced(variant))
 
-    def traced(source: Source, variant: Variant) -> Iterator[TraceReport]:
+    def traced(variant: Variant) -> Iterator[TraceReport]:
         data, where = source.read(variant), device_of(variant, device)
-        profiled = profiled_opener(variant, data, spec.input_shape, where)
+        profiled = profiled_opener(variant, data, shape, where)
         for size in sizes:
-            images = bench_images(size, spec)
-            yield trace_one(
-                variant.name, lambda: variant.open_session(data, spec.input_shape, where), profiled, images, spec, Path(directory)
-            )
+            images = bench_images(size, source.input)
+            plain = functools.partial(variant.open_session, data, shape, where)
+            yield trace_one(variant.name, plain, profiled, images, source.input, Path(directory))
             progress(next(done), len(selected) * len(sizes), variant.name)
 
     with computing(device, allow_tf32, threads):
-        found, skipped, partial = _each(bundle_source(opened), selected, one)
+        found, skipped, partial = _each(selected, one)
     if partial:
         raise KeyboardInterrupt  # its traces are files, each whole
     return tuple(report for reports in found for report in reports), skipped
 
 
-def _each(
-    source: Source, variants: Iterable[Variant], make: Callable[[Source, Variant], Made]
-) -> tuple[tuple[Made, ...], tuple[Failure, ...], str | None]:
+def _each(variants: Iterable[Variant], make: Callable[[Variant], Made]) -> tuple[tuple[Made, ...], tuple[Failure, ...], str | None]:
     """What `make` gives for each variant that works here, why the others do not, and why it is not all; raises Unusable where none does."""
     made: list[Made] = []
     skipped: list[Failure] = []
     for variant in variants:
         try:
-            made.append(make(source, variant))
+            made.append(make(variant))
         except Unusable as error:
             skipped.append(Failure(variant.name, str(error)))
         except KeyboardInterrupt:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from lenet_deploy.bench.plan import Plan
-    from lenet_deploy.records import Preprocessing
+    from lenet_deploy.records import ImageInput
     from lenet_deploy.runtimes import Session
 
 Send = Callable[[dict[str, Any]], None]
@@ -65,7 +65,7 @@ class Case:
     session: Session
     images: torch.Tensor
     scope: str
-    preprocessing: Preprocessing
+    preprocessing: ImageInput
     stream: Stream | None
     calibration: Calibration | None = None
     visits: list[list[float]] = field(default_factory=list)

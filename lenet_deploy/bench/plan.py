@@ -51,16 +51,18 @@ class Plan:
     """One bench run.
 
     Attributes:
-        bundle: path of its folder.
+        what: path of a bundle's folder or of a file.
         variants: names, in order.
         batch_sizes: by variant; empty where a sweep is to find them.
         fixed: exactly `rounds` rounds, whatever the stop rule and the limit say.
         blocks: launches per block of (variant, batch size, scope), as an earlier process of the run found them.
+        input_shape: (C, H, W) of a file that does not say; None where it does.
+        digest: of all bytes that are to be measured, so that every process measures the same.
         threads: intra-op threads; torch's own number where None.
         ort: session options for ONNX Runtime.
     """
 
-    bundle: str
+    what: str
     device: str
     variants: tuple[str, ...]
     batch_sizes: Mapping[str, tuple[int, ...]]
@@ -76,6 +78,8 @@ class Plan:
     allow_tf32: bool = False
     ort: Mapping[str, str] = field(default_factory=dict)
     blocks: tuple[tuple[str, int, str, int], ...] = ()
+    input_shape: tuple[int, int, int] | None = None
+    digest: str | None = None
 
     def to_json(self) -> str:
         """One line."""
@@ -88,7 +92,9 @@ def plan_from_json(text: str) -> Plan:
     sizes = {name: tuple(each) for name, each in values["batch_sizes"].items()}
     blocks = tuple(tuple(each) for each in values["blocks"])
     variants, scopes = tuple(values["variants"]), tuple(values["scopes"])
-    return Plan(**{**values, "batch_sizes": sizes, "variants": variants, "scopes": scopes, "blocks": blocks})
+    shape = values["input_shape"] and tuple(values["input_shape"])
+    given = {"batch_sizes": sizes, "variants": variants, "scopes": scopes, "blocks": blocks, "input_shape": shape}
+    return Plan(**{**values, **given})
 
 
 def find_profile(name: str) -> Profile:

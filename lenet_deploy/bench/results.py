@@ -53,8 +53,8 @@ def _measurement(key: Key, times: Times, found: Gathered, floors: Floors, size: 
 
 
 def _fixed(variant: str, device: str, found: Gathered, floors: Floors) -> float | None:
-    alone = found.overheads_s.get(variant)
-    return None if alone is None else max(0.0, alone - max(floors(device, 1, "device").values(), default=0.0))
+    alone, least = found.overheads_s.get(variant), floors(device, 1, "device").values()
+    return max(0.0, alone - max(least)) if alone is not None and least else None
 
 
 def batch_choices(measured: Sequence[Measurement], slo_s: float | None) -> tuple[BatchChoice, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lenet_deploy import environment
 from lenet_deploy.bench.coordinator import Gathered, Key, Progress, gather
@@ -14,13 +14,15 @@ from lenet_deploy.bench.plan import SCOPES, Plan, Profile, find_profile
 from lenet_deploy.bench.results import batch_choices, measurements
 from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, Unusable
 from lenet_deploy.records import BenchReport, Failure, Measurement, Speedup
-from lenet_deploy.sources import artifact_of, bundle_variants, on_device
-from lenet_deploy.variants import VARIANTS, with_ort_options
+from lenet_deploy.sources import Source, bundle_source, on_device, open_path
+from lenet_deploy.store import digest, sha256
+from lenet_deploy.variants import VARIANTS, select_variants, with_ort_options
 
 if TYPE_CHECKING:
     from lenet_deploy.bundle import Bundle
     from lenet_deploy.variants import Variant
 
+UNSAID = ("what", "digest", "blocks", "variants", "input_shape")  # of a plan, in a report's options
 MAX_BATCH = 65_536  # beyond it a batch is a typing mistake, and its buffers would not fit
 
 
@@ -29,7 +31,7 @@ def silent(done: int, total: int, what: str) -> None:
 
 
 def benchmark(
-    bundle: str | Path | Bundle,
+    what: str | Path | Bundle,
     *,
     variants: Iterable[str] | None = None,
     batch_sizes: Sequence[int] | None = None,
@@ -47,14 +49,16 @@ def benchmark(
     ort_options: Mapping[str, str] | None = None,
     device: str = "auto",
     seed: int = 0,
+    input_shape: tuple[int, int, int] | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
-    """Measure the variants of a bundle that this machine can run; the others are listed with the reason.
+    """Measure the variants of a bundle or of one file that this machine can run; the others are listed with the reason.
 
     Everything is measured in fresh worker processes. Ctrl-C ends it early with a report of what there is, marked as partial. What fails
     is listed in the report's `failed` and takes nothing else with it.
 
     Args:
+        what: a bundle, a checkpoint file, or an artifact, which may come from elsewhere.
         variants: globs over variant names; what the profile covers when None.
         batch_sizes: each at least 1; the profile's when None.
         sweep: find them instead: double each variant's batch until throughput stops growing.
@@ -71,28 +75,31 @@ def benchmark(
         ort_options: session options for ONNX Runtime.
         device: `auto` for every device, else only the variants of `cpu` or `cuda[:N]`.
         seed: of the order of visits.
+        input_shape: (C, H, W) of the images that a file of another origin takes, where it does not say.
 
     Raises:
-        BadInput: not a bundle, an unknown variant, scope or profile, a number out of its range, a wrong digest.
+        BadInput: nothing that can be measured, an unknown variant, scope or profile, a number out of its range, a wrong digest.
         Unusable: `device` does not work here, or none of the variants asked for does, or all of them failed.
         KeyboardInterrupt: before anything was measured.
     """
-    chosen, opened = find_profile(profile), opened_bundle(bundle)
+    chosen, source = find_profile(profile), opened(what, input_shape)
     if sweep and batch_sizes:
         raise BadInput("a sweep finds the batch sizes itself; give either sizes or auto")
     if slo_s is not None and not 0 < slo_s < math.inf:
         raise BadInput(f"the latency budget is {slo_s * 1e3:g} ms; it must be a number above 0")
     if limit_s is not None and not 0 < limit_s < math.inf:
         raise BadInput(f"the time limit is {limit_s:g} s; it must be a number above 0")
-    selected = chosen_variants(opened, variants, chosen, device, threads, ort_options)
+    if sweep and source.batch_size:
+        raise BadInput(f"{source.described} takes batches of {source.batch_size} alone; leave auto out")
+    selected = chosen_variants(source, variants, chosen, device, threads, ort_options)
     names = tuple(variant.name for variant in selected)
     if baseline is not None and baseline not in names:
         if baseline in (variant.name for variant in VARIANTS):
             raise BadInput(f"the baseline {baseline} is not among the variants to be measured: {', '.join(names)}; widen --variants")
         raise UnknownName("baseline", baseline, names)
-    sizes = sizes_of(batch_sizes or chosen.batch_sizes)
+    sizes = sizes_for(source, batch_sizes, chosen.batch_sizes)
     plan = Plan(
-        bundle=str(opened.path.resolve()),
+        what=str((Path(what) if isinstance(what, (str, Path)) else what.path).resolve()),
         device=device,
         variants=names,
         batch_sizes={} if sweep else dict.fromkeys(names, sizes),
@@ -107,11 +114,13 @@ def benchmark(
         threads=threads,
         allow_tf32=allow_tf32,
         ort=dict(ort_options or {}),
+        input_shape=input_shape,
+        digest=digest_of(source, selected),
     )
     found = gather(plan, chosen.cold_start if cold_start is None else cold_start, progress)
     if not found.opened:
         raise Unusable("; ".join(f"{name}: {reason}" for name, reason in found.skipped.items()))
-    measured = _measured(opened, selected, plan, found)
+    measured = _measured(source, selected, plan, found)
     if not measured:
         kind = DamagedFile if found.damaged else Unusable
         raise kind("; ".join(f"{failure.name}: {failure.reason}" for failure in found.failed))
@@ -121,7 +130,7 @@ def benchmark(
         skipped=tuple(Failure(name, reason) for name, reason in found.skipped.items()),
         environment=found.environment or environment.capture(),
         failed=tuple(found.failed),
-        options={name: value for name, value in options.items() if name not in ("bundle", "blocks", "variants")},
+        options={name: value for name, value in options.items() if name not in UNSAID} | taken(source),
         limits=tuple(found.limits.values()),
         machine=tuple(found.machine),
         cold_starts=tuple(found.cold),
@@ -139,15 +148,32 @@ def sizes_of(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def opened_bundle(bundle: str | Path | Bundle) -> Bundle:
-    """The bundle, opened if it is a path; raises BadInput."""
-    from lenet_deploy.bundle import open_bundle
+def sizes_for(source: Source, asked: Sequence[int] | None, default: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes asked for, else the default, else the one that a graph is made for; raises BadInput where that is another."""
+    only = (source.batch_size,) if source.batch_size else None
+    sizes = sizes_of(asked or only or default)
+    if only and sizes != only:
+        raise BadInput(f"{source.described} takes batches of {source.batch_size} alone; leave the batch sizes out, or export it anew")
+    return sizes
 
-    return open_bundle(Path(bundle)) if isinstance(bundle, (str, Path)) else bundle
+
+def opened(what: str | Path | Bundle, input_shape: tuple[int, int, int] | None = None) -> Source:
+    """What to measure, opened if it is a path; raises BadInput."""
+    return open_path(what, input_shape) if isinstance(what, (str, Path)) else bundle_source(what)
+
+
+def taken(source: Source) -> dict[str, Any]:
+    """What a file of another origin takes, for a report's options; of our own files the metadata says it."""
+    return {} if source.metadata else {"input_shape": list(source.input.input_shape), "only_batch_size": source.batch_size}
+
+
+def digest_of(source: Source, variants: Iterable[Variant]) -> str:
+    """Of all bytes that the variants run; raises DamagedFile where a manifest says that they are others."""
+    return digest({variant.name: sha256(source.read(variant)) for variant in variants})
 
 
 def chosen_variants(
-    bundle: Bundle,
+    source: Source,
     globs: Iterable[str] | None,
     profile: Profile,
     device: str,
@@ -163,7 +189,7 @@ def chosen_variants(
         from lenet_deploy.devices import check_threads
 
         check_threads(threads)
-    selected = bundle_variants(bundle, globs or ("*",))
+    selected = select_variants(globs or ("*",), source.variants)
     if globs is None and profile.core_only:
         selected = tuple(variant for variant in selected if variant.core)
     return with_ort_options(on_device(selected, device), ort_options or {})
@@ -182,24 +208,23 @@ def _positive(name: str, number: int | None) -> int | None:
     return number
 
 
-def _measured(bundle: Bundle, selected: Sequence[Variant], plan: Plan, found: Gathered) -> tuple[Measurement, ...]:
+def _measured(source: Source, selected: Sequence[Variant], plan: Plan, found: Gathered) -> tuple[Measurement, ...]:
     from lenet_deploy.bench.roofline import floors
     from lenet_deploy.models import find_model
 
-    metadata = bundle.metadata
-    layers = find_model(metadata.model).config_from(metadata.config).layers()
-    shape = metadata.preprocessing.input_shape
-    artifacts = {variant.name: artifact_of(bundle, variant) for variant in selected}
+    metadata = source.metadata
+    layers = find_model(metadata.model).config_from(metadata.config).layers() if metadata else ()
     sizes = {**plan.batch_sizes, **found.sizes}
     order: list[Key] = [(name, size, scope) for name in plan.variants for size in sizes.get(name, ()) for scope in plan.scopes]
 
     def least(device: str, batch_size: int, scope: str) -> Mapping[str, float]:
         limit = found.limits.get(device)
+        if metadata is None or limit is None:  # without its layers the least that a graph needs is not known
+            return {}
         precision = "tf32" if plan.allow_tf32 and device.startswith("cuda") else "fp32"
-        return floors(layers, shape, len(metadata.labels), batch_size, scope, precision, limit) if limit else {}
+        return floors(layers, source.input.input_shape, len(metadata.labels), batch_size, scope, precision, limit)
 
-    accuracies = {name: artifact.accuracy[name] for name, artifact in artifacts.items() if name in artifact.accuracy}
-    return measurements(found, order, least, {name: each.size_bytes for name, each in artifacts.items()}, accuracies)
+    return measurements(found, order, least, {variant.name: len(source.read(variant)) for variant in selected}, source.accuracies)
 
 
 def _speedups(measured: Sequence[Measurement], baseline: str | None) -> tuple[Speedup, ...]:

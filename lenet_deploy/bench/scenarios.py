@@ -16,7 +16,7 @@ from lenet_deploy.bench.load import MIN_QUERIES, Load, Scenario, find_scenario, 
 from lenet_deploy.bench.loadgen import Context, Respond, load_binding, run_test
 from lenet_deploy.data import normalise_into
 from lenet_deploy.errors import BadInput, LenetDeployError, Unusable, first_line
-from lenet_deploy.records import LoadProbe, LoadResult, Preprocessing
+from lenet_deploy.records import ImageInput, LoadProbe, LoadResult
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ WARMUP_S = 0.1
 def run_scenario(
     session: Session,
     images: torch.Tensor,
-    preprocessing: Preprocessing,
+    preprocessing: ImageInput,
     scenario: str,
     *,
     variant: str,
@@ -107,7 +107,7 @@ class Responder:
     Each batch size is bound when the last launch had another one; on CUDA images go through pinned memory.
     """
 
-    def __init__(self, session: Session, images: torch.Tensor, preprocessing: Preprocessing) -> None:
+    def __init__(self, session: Session, images: torch.Tensor, preprocessing: ImageInput) -> None:
         import torch
 
         self._session, self._preprocessing = session, preprocessing

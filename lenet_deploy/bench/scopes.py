@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lenet_deploy.data import fit, load_dataset, normalise_into
 from lenet_deploy.devices import synchronise
+from lenet_deploy.records import PlainInput
 
 if TYPE_CHECKING:
     import torch
 
-    from lenet_deploy.records import Preprocessing
+    from lenet_deploy.records import ImageInput
     from lenet_deploy.runtimes import Session
 
 
@@ -94,12 +95,17 @@ class CudaStream:
         torch.cuda._sleep(int(seconds * GPU_CLOCK_HZ))  # torch's own tests hold a stream with it; there is no public way
 
 
-def bench_images(count: int, preprocessing: Preprocessing) -> torch.Tensor:
+def bench_images(count: int, preprocessing: ImageInput) -> torch.Tensor:
     """Real uint8 images for the clock, in host memory: the values do not matter to it, denormals and constants would."""
     import torch
 
     images = load_dataset("digits").test_images
-    return fit(images[torch.arange(count) % len(images)], preprocessing)
+    chosen = images[torch.arange(count) % len(images)]
+    if not isinstance(preprocessing, PlainInput):
+        return fit(chosen, preprocessing)
+    channels, height, width = preprocessing.input_shape
+    scaled = torch.nn.functional.interpolate(chosen.float(), (height, width), mode="bilinear").round().to(torch.uint8)
+    return scaled.expand(-1, channels, -1, -1).contiguous()
 
 
 def stream_of(device: torch.device) -> Stream | None:
@@ -107,7 +113,7 @@ def stream_of(device: torch.device) -> Stream | None:
     return CudaStream(device) if device.type == "cuda" else None
 
 
-def bind(session: Session, images: torch.Tensor, scope: str, preprocessing: Preprocessing, stream: Stream | None) -> Work:
+def bind(session: Session, images: torch.Tensor, scope: str, preprocessing: ImageInput, stream: Stream | None) -> Work:
     """Bind a session to a workload.
 
     Args:

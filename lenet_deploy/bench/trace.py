@@ -35,7 +35,7 @@ from lenet_deploy.records import TraceReport
 if TYPE_CHECKING:
     import torch
 
-    from lenet_deploy.records import Preprocessing
+    from lenet_deploy.records import ImageInput
     from lenet_deploy.runtimes import Session
     from lenet_deploy.variants import Variant
 
@@ -64,7 +64,7 @@ def trace(
     open_plain: Opener,
     open_profiled: ProfiledOpener | None,
     images: torch.Tensor,
-    preprocessing: Preprocessing,
+    preprocessing: ImageInput,
     directory: Path,
     launches: int = LAUNCHES,
 ) -> TraceReport:
@@ -107,7 +107,7 @@ def trace(
     return _written(report, found, directory)
 
 
-def _bound(variant: str, session: Session, images: torch.Tensor, preprocessing: Preprocessing) -> Callable[[], object]:
+def _bound(variant: str, session: Session, images: torch.Tensor, preprocessing: ImageInput) -> Callable[[], object]:
     """A complete launch of the session; raises DamagedFile where it does not take the batch."""
     launch = bind(session, images, "device", preprocessing, stream_of(session.device)).launch
     try:

@@ -14,13 +14,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenet_deploy import environment
 from lenet_deploy.bench import nvml
 from lenet_deploy.bench.coordinator import KINDS
-from lenet_deploy.errors import LenetDeployError, Unusable
+from lenet_deploy.errors import DamagedFile, LenetDeployError, Unusable
 
 if TYPE_CHECKING:
     import torch
@@ -38,23 +37,25 @@ def measure(plan: Plan, process: int, send: Send) -> None:
     from lenet_deploy.bench.engine import Bench, Case
     from lenet_deploy.bench.machine import Watch
     from lenet_deploy.bench.roofline import measure_limit
+    from lenet_deploy.bench.run import digest_of
     from lenet_deploy.bench.scopes import bench_images, stream_of
     from lenet_deploy.bench.timing import timer_overhead_s
-    from lenet_deploy.bundle import open_bundle
-    from lenet_deploy.sources import bundle_source, bundle_variants, computing, device_of, open_session
+    from lenet_deploy.sources import computing, device_of, open_path, open_session
+    from lenet_deploy.variants import select_variants
 
-    bundle = open_bundle(Path(plan.bundle))
-    source, preprocessing = bundle_source(bundle), bundle.metadata.preprocessing
+    source = open_path(plan.what, plan.input_shape)
+    variants = select_variants(plan.variants, source.variants)
+    if plan.digest not in (None, digest_of(source, variants)):
+        raise DamagedFile(f"{plan.what}: it was replaced while it was measured; run the bench again")
     images = {}
 
     def batch(size: int) -> torch.Tensor:
         if size not in images:
-            images[size] = bench_images(size, preprocessing)
+            images[size] = bench_images(size, source.input)
         return images[size]
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(computing(plan.device, plan.allow_tf32, plan.threads))
-        variants = bundle_variants(bundle, plan.variants)
         # Before anything of ours loads the device.
         watch = stack.enter_context(Watch.over({torch.device(device_of(variant, plan.device) or variant.device) for variant in variants}))
         sessions = {}
@@ -73,7 +74,7 @@ def measure(plan: Plan, process: int, send: Send) -> None:
 
         def case(name: str, size: int, scope: str) -> Case:
             session = sessions[name]
-            return Case(name, session, batch(size), scope, preprocessing, stream_of(session.device))
+            return Case(name, session, batch(size), scope, source.input, stream_of(session.device))
 
         # In each process, since a disturbance makes a limit less: the best of all counts.
         for device in dict.fromkeys(session.device for session in sessions.values()):
@@ -109,12 +110,11 @@ def start_cold(plan: Plan, name: str, spawned_s: float, began_s: float, send: Se
 
     from lenet_deploy.bench.scopes import bench_images, bind, stream_of
     from lenet_deploy.bench.timing import calibrate, timer_overhead_s
-    from lenet_deploy.bundle import open_bundle
-    from lenet_deploy.sources import bundle_source, bundle_variants, computing, device_of, open_session
+    from lenet_deploy.sources import computing, device_of, open_path, open_session
+    from lenet_deploy.variants import select_variants
 
-    bundle = open_bundle(Path(plan.bundle))
-    variant = bundle_variants(bundle, (name,))[0]
-    source = bundle_source(bundle)
+    source = open_path(plan.what, plan.input_shape)
+    variant = select_variants((name,), source.variants)[0]
     source.read(variant)  # into the system's cache, for every variant alike
     variant.runtime.load()
     device = device_of(variant, plan.device) or variant.device
@@ -125,14 +125,14 @@ def start_cold(plan: Plan, name: str, spawned_s: float, began_s: float, send: Se
         with open_session(source, variant, plan.device, plan.ort) as session:
             loaded_s = time.monotonic()
             stream = stream_of(session.device)
-            work = bind(session, bench_images(1, bundle.metadata.preprocessing), "device", bundle.metadata.preprocessing, stream)
+            work = bind(session, bench_images(source.batch_size or 1, source.input), "device", source.input, stream)
             bound_s = time.monotonic()
             work.launch()
             first_s = time.monotonic()
             steady = calibrate(work.launch, COLD_LIMIT_S, timer_overhead_s()).steady
             steady_s = time.monotonic()
-            size = max(itertools.chain((1,), *plan.batch_sizes.values()))
-            bind(session, bench_images(size, bundle.metadata.preprocessing), "device", bundle.metadata.preprocessing, stream).launch()
+            size = max(itertools.chain((source.batch_size or 1,), *plan.batch_sizes.values()))
+            bind(session, bench_images(size, source.input), "device", source.input, stream).launch()
             send(
                 {
                     "event": "cold",

@@ -70,11 +70,11 @@ def export_torchscript(module: nn.Module, metadata: ArtifactMetadata, options: E
     return _finish(onnx.load_from_string(buffer.getvalue()), metadata, options, "torchscript")
 
 
-def read_metadata(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON values that the exporters embedded; needs no torch model.
+def read_metadata(data: bytes, where: str) -> dict[str, Any] | None:
+    """The JSON values that the exporters embedded, None in a file of another origin; needs no torch model.
 
     Raises:
-        DamagedFile: not an ONNX file, one without them, or one whose content is not what was exported.
+        DamagedFile: not an ONNX file, or one whose content is not what was exported.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -86,7 +86,7 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
     except (DecodeError, ValueError) as error:
         raise DamagedFile(f"{where}: not a readable ONNX file ({error})") from None
     if not isinstance(values, dict):
-        raise DamagedFile(f"{where}: it carries no lenet-deploy metadata; export it with lenet-deploy")
+        return None
     if embedded.get(DIGEST_KEY) != content_digest(model, embedded[METADATA_KEY]):
         raise DamagedFile(f"{where}: its content is not what was exported; the file was altered, export it again")
     return values

@@ -37,11 +37,11 @@ def export_script(module: nn.Module, metadata: ArtifactMetadata, options: Export
         return _frozen(torch.jit.script(module), metadata, "script")
 
 
-def read_metadata(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON values that `export_*` embedded.
+def read_metadata(data: bytes, where: str) -> dict[str, Any] | None:
+    """The JSON values that `export_*` embedded, None in a file of another origin.
 
     Raises:
-        DamagedFile: not a TorchScript archive, or one without them.
+        DamagedFile: not a TorchScript archive.
     """
     check_zip(data, where, "TorchScript archive")
     files: dict[str, Any] = {EXTRA_FILE: ""}
@@ -51,9 +51,7 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any]:
         values = json.loads(files[EXTRA_FILE] or "null")
     except (RuntimeError, ValueError) as error:
         raise DamagedFile(f"{where}: not a readable TorchScript archive ({first_line(error)})") from None
-    if not isinstance(values, dict):
-        raise DamagedFile(f"{where}: it carries no lenet-deploy metadata; export it with lenet-deploy")
-    return values
+    return values if isinstance(values, dict) else None
 
 
 def read_tensors(data: bytes) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ class Trial:
         checkpoint: whose function it is.
         drill: trace each variant, whether it fails or not.
         allow_tf32: judge float32 on CUDA by TF32's tolerance.
+        foreign: the artifacts may be of another architecture, so that a trace of their layers may fail in any way.
     """
 
     inputs: tuple[InputSet, ...]
@@ -43,6 +44,7 @@ class Trial:
     checkpoint: Checkpoint
     drill: bool = False
     allow_tf32: bool = False
+    foreign: bool = False
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -127,8 +129,8 @@ class _Run:
         count, largest = len(inputs.images), max(self._trial.batch_sizes)
         alone = self._launch(inputs.images[torch.arange(ALONE) % count], 1) if self._several and not self._dynamic else ""
         for size in self._trial.batch_sizes:
-            # The whole set at the largest size, so that every image is judged; a set smaller than a batch is repeated.
-            chosen = torch.arange(max(count, size) if size == largest else size) % count
+            # The whole set at the largest size, so that every image is judged; its first images fill the last batch.
+            chosen = torch.arange(-(-count // size) * size if size == largest else size) % count
             scores = self._launch(inputs.images[chosen], size)
             yield self._finding("outputs", inputs.name, size, self._judged(scores, inputs, chosen), inputs)
             if inputs.labels is not None and size == largest:
@@ -262,7 +264,8 @@ def _layer_errors(
     """The layers of a variant on some images of each input set, the worst among them; none where they cannot be seen."""
     found: dict[str, tuple[LayerError, ...]] = {}
     precision = trial.precision(variant)
-    with contextlib.suppress(Unusable, DamagedFile), variant.open_traces(data, trial.input_shape, device) as traces:
+    expected = (Exception,) if trial.foreign else (Unusable, DamagedFile)
+    with contextlib.suppress(*expected), variant.open_traces(data, trial.input_shape, device) as traces:
         for name, (inputs, worst) in wanted.items():
             block = slice(worst // TRACED * TRACED, worst // TRACED * TRACED + TRACED)
             images = inputs.images[block]

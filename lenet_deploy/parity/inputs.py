@@ -13,6 +13,7 @@ from torch import nn
 from lenet_deploy.checkpoint import Checkpoint
 from lenet_deploy.data import Dataset, fit, normalise
 from lenet_deploy.parity.judge import TOLERANCES
+from lenet_deploy.records import ImageInput
 from lenet_deploy.runtimes.eager import trace_module
 
 SEED = 0
@@ -63,22 +64,34 @@ def input_sets(checkpoint: Checkpoint, dataset: Dataset, count: int) -> tuple[In
     subnormal ones; constants; and one image for each pixel that alone is one.
     """
     spec = checkpoint.preprocessing
+    built = functools.partial(_built, checkpoint)
+    return (
+        built(f"{dataset.name} test split", normalise(fit(dataset.test_images, spec), spec), dataset.test_labels),
+        *(built(name, images) for name, images in generated(spec, count).items()),
+    )
+
+
+def generated(spec: ImageInput, count: int, pixels: int = MAX_PIXELS) -> dict[str, torch.Tensor]:
+    """The images that no data set is needed for, float32 (N, C, H, W) by name.
+
+    Args:
+        count: of each random kind.
+        pixels: the most one-hot images; where there are more pixels, a seeded choice of them.
+    """
     shape = spec.input_shape
     generator = torch.Generator().manual_seed(SEED)
     low, high = ((edge - spec.mean[0]) / spec.std[0] for edge in (0.0, 1.0))
     normal = torch.randn(count, *shape, generator=generator)
     uniform = low + (high - low) * torch.rand(count, *shape, generator=generator)
     constants = torch.tensor(tuple(dict.fromkeys((0.0, 1.0, low, high)))).view(-1, 1, 1, 1).expand(-1, *shape)
-    built = functools.partial(_built, checkpoint)
-    return (
-        built(f"{dataset.name} test split", normalise(fit(dataset.test_images, spec), spec), dataset.test_labels),
-        built(f"normal, seed {SEED}", normal),
-        built(f"uniform, seed {SEED}", uniform),
-        built("constants", constants.contiguous()),
-        built("one-hot pixels", _one_hot(shape, generator)),
-        built(f"large, normal x {LARGE:g}", normal * LARGE),
-        built(f"subnormal, normal x {SUBNORMAL:g}", normal * SUBNORMAL),
-    )
+    return {
+        f"normal, seed {SEED}": normal,
+        f"uniform, seed {SEED}": uniform,
+        "constants": constants.contiguous(),
+        "one-hot pixels": _one_hot(shape, generator, pixels),
+        f"large, normal x {LARGE:g}": normal * LARGE,
+        f"subnormal, normal x {SUBNORMAL:g}": normal * SUBNORMAL,
+    }
 
 
 def _built(checkpoint: Checkpoint, name: str, images: torch.Tensor, labels: torch.Tensor | None = None) -> InputSet:
@@ -191,11 +204,11 @@ EAGER: dict[str, Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]]] 
 }
 
 
-def _one_hot(shape: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
+def _one_hot(shape: tuple[int, int, int], generator: torch.Generator, most: int = MAX_PIXELS) -> torch.Tensor:
     pixels = shape[0] * shape[1] * shape[2]
     chosen = torch.arange(pixels)
-    if pixels > MAX_PIXELS:
-        chosen = torch.randperm(pixels, generator=generator)[:MAX_PIXELS].sort().values
+    if pixels > most:
+        chosen = torch.randperm(pixels, generator=generator)[:most].sort().values
     images = torch.zeros(len(chosen), pixels)
     images[torch.arange(len(chosen)), chosen] = 1.0
     return images.view(-1, *shape)

@@ -44,6 +44,11 @@ TOLERANCES: Mapping[str, Tolerance] = {
 ILL_CONDITIONED = 8.0
 LINEAR = 2.0**-10
 
+# Of two artifacts that nobody vouches for (ADR 0012): each may be `factor` epsilon off, so together 16, and four times that for weights
+# whose condition cannot be measured and for graphs deeper than a LeNet. Below VANISHING float32 has lost its digits.
+PAIR_TOLERANCE = 4 * 2 * 8.0 * 2.0**-23
+VANISHING = 2.0**-110
+
 # int8 has no rounding rule, since a step is as large as its calibration made it: its weights are compared within half a step and
 # its accuracy with the oracle's. A healthy static int8 LeNet was measured to err by up to 2.0 in a logit.
 MAX_ACCURACY_DROP = 0.5  # percentage points
@@ -149,6 +154,35 @@ def agree(
     reason = None if worst <= 1.0 else f"image {image}: its scores differ by {float(error[image].max()):.3g}, {worst:.3g} times the budget"
     numbers = _metrics(output, alone.double(), error, tolerance)
     return Judgement(reason is None, reason, image, budget_used=min(worst, _MAX), **numbers)
+
+
+def differ(output: torch.Tensor, reference: torch.Tensor, tolerance: float, condition: torch.Tensor | float = 1.0) -> Judgement:
+    """Whether two artifacts gave the same images the same scores, of which neither is known to be right.
+
+    Args:
+        output, reference: (N, scores), of the same images.
+        tolerance: share of an image's largest score that a score may differ by, times its condition.
+        condition: as in `judge`.
+
+    What is NaN or infinite has to be that on both sides. The numbers are those of the images that are finite; None where none is.
+    """
+    if output.shape != reference.shape:
+        return Judgement(False, f"output has shape {tuple(output.shape)}, the reference {tuple(reference.shape)}")
+    odd = ~((output.isfinite() & reference.isfinite()) | (output == reference) | (output.isnan() & reference.isnan()))
+    if odd.any():
+        image = int(odd.any(dim=1).double().argmax())
+        return Judgement(False, f"image {image}: {int(odd.sum())} of {odd.numel()} scores are NaN or infinite on one side alone", image)
+    finite = reference.isfinite().all(dim=1).nonzero()[:, 0]
+    if not len(finite):
+        return Judgement(True)
+    ours, theirs = output[finite].double(), reference[finite].double()
+    share = condition[finite] if not isinstance(condition, float) else condition
+    error = (ours - theirs).abs()
+    used = error.amax(dim=1) / (tolerance * share * theirs.abs().amax(dim=1)).clamp_min(VANISHING)
+    worst, row = float(used.max()), int(used.argmax())
+    image, largest = int(finite[row]), float(error[row].max())
+    reason = f"image {image}: its scores differ by {largest:.3g}, {worst:.3g} times what is allowed" if not worst <= 1.0 else None
+    return Judgement(reason is None, reason, image, budget_used=min(worst, _MAX), **_metrics(ours, theirs, error, TOLERANCES["fp32"]))
 
 
 def decide(output: torch.Tensor, oracle: torch.Tensor, labels: torch.Tensor, precision: str) -> Decisions:

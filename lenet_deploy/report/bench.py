@@ -52,7 +52,7 @@ def sections(report: BenchReport) -> tuple[tuple[str, Table], ...]:
 
 
 def remarks(report: BenchReport) -> tuple[str, ...]:
-    """What makes the numbers less than they seem: what failed or was cut short, a noisy machine."""
+    """What makes the numbers less than they seem: what failed, was cut short or could not be asked for, a noisy machine."""
     partial = (f"partial: {report.partial}",) if report.partial else ()
     failed = tuple(f"failed: {each.name}: {each.reason}" for each in report.failed)
     cut = sum(row.stop == "time limit" and row.ci95_s is None for row in report.measurements)
@@ -63,7 +63,9 @@ def remarks(report: BenchReport) -> tuple[str, ...]:
     if not said and 2 * unsteady > len(report.measurements):
         rows = len(report.measurements)
         said = (f"{unsteady} of {rows} rows are noisy, and this machine shows no cause: perhaps others on the same hardware",)
-    return (*partial, *failed, *short, *said)
+    only = report.options.get("only_batch_size")
+    fixed = (f"the graph is made for batches of {only} alone, so no other was measured",) if only else ()
+    return (*partial, *failed, *fixed, *short, *said)
 
 
 def bench_notes(report: BenchReport) -> tuple[str, ...]:

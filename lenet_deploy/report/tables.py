@@ -91,6 +91,22 @@ def accuracy_table(rows: Iterable[AccuracyRow]) -> Table:
     )
 
 
+def class_table(rows: Sequence[AccuracyRow]) -> Table:
+    """Precision and recall of each class, of the first variant."""
+    return Table(
+        ("class", "images", "precision %", "recall %"),
+        tuple((each.label, f"{each.images:,}", _percent(each.precision), _percent(each.recall)) for each in rows[0].classes),
+    )
+
+
+def class_title(rows: Sequence[AccuracyRow]) -> str:
+    """Whose the class table is: everybody's, or that of the first variant and who answers otherwise."""
+    others = [row.variant for row in rows if row.confusion != rows[0].confusion]
+    if others:
+        return f"Classes, by {rows[0].variant}; {', '.join(others)} answered otherwise, see --json"
+    return "Classes, the same by every variant" if len(rows) > 1 else "Classes"
+
+
 def prediction_table(predictions: Iterable[Prediction]) -> Table:
     """One row a label of an image, best first."""
     return Table(
@@ -134,6 +150,10 @@ def _worst(values: Iterable[float | None], pick: Callable[[list[float]], float],
 
 def _dash(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

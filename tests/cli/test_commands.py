@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import onnx
 import pytest
 import torch
 from lenet_deploy.cli import COMMANDS, build
@@ -377,6 +378,47 @@ def test_evaluate_takes_a_bundle_a_checkpoint_an_artifact_and_a_name(lenet: Run,
         assert row["accuracy"] == pytest.approx(checkpoint.provenance["test_accuracy"], abs=0.6)
         assert row["ci95"][0] < row["accuracy"] < row["ci95"][1]
         assert row["images"] == 360
+
+
+def test_evaluate_prints_the_variants_first_and_the_classes_once(lenet: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    done = lenet("evaluate", tiny_bundle.path, "--device", "cpu", "--markdown", "e.md", "--json", "e.json")
+    assert done.code == 0
+    tables = done.out.split("\n\n")
+    assert len(tables) == 2
+    assert tables[0].splitlines()[2].startswith("eager/torch-cpu/fp32 ")
+    assert tables[1].startswith("Classes, the same by every variant\nclass  images  precision %  recall %")
+    assert len(tables[1].splitlines()) == 13
+    assert "| class | images | precision % | recall % |" in Path("e.md").read_text()
+    row = json.loads(Path("e.json").read_text())["rows"][0]
+    assert [each["label"] for each in row["classes"]] == [str(digit) for digit in range(10)]
+    for i, each in enumerate(row["classes"]):
+        assert each["recall"] == pytest.approx(100 * row["confusion"][i][i] / sum(row["confusion"][i]))
+
+
+def test_two_files_are_compared_and_the_verdict_is_the_exit_code(lenet: Run, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    from lenet_deploy.exporters.onnx import METADATA_KEY
+
+    model = onnx.load(tiny_bundle.path / "model.ts.onnx")
+    del model.metadata_props[:]  # as somebody else would have exported it
+    assert METADATA_KEY not in str(model)
+    onnx.save(model, "theirs.onnx")
+    bias = next(each for each in model.graph.initializer if each.name == "fc3.bias")
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, bias.name))
+    onnx.save(model, "wrong.onnx")
+    trace, places = tiny_bundle.path / "model.trace.pt", ("--json", "p.json", "--junit", "p.xml", "--markdown", "p.md")
+    done = lenet("parity", trace, "theirs.onnx", "--device", "cpu", "--batch", "1,2", *places)
+    assert (done.code, done.out.splitlines()[-1]) == (0, "verdict: pass")
+    assert "neither is known to be right" in done.err
+    document = json.loads(Path("p.json").read_text())
+    assert (document["schema"], document["verdict"]) == ("lenet-deploy/parity/1", "pass")
+    assert {each["variant"] for each in document["results"]} == {"onnx/ort-cpu/fp32"}
+    assert ElementTree.parse("p.xml").getroot().find("testsuite") is not None
+    assert "## Parity: pass" in Path("p.md").read_text()
+    done = lenet("parity", trace, "wrong.onnx", "--device", "cpu", "--batch", "2")
+    assert done.code == 1
+    assert "parity failed: onnx/ort-cpu/fp32" in done.err
+    done = lenet("parity", tiny_bundle.path, "wrong.onnx", "--device", "cpu", "--batch", "2", "--json", "-")
+    assert (done.code, done.document["verdict"]) == (1, "fail")
 
 
 def test_evaluate_takes_a_data_set_of_your_own(lenet: Run, bundle: Bundle, digits: Dataset, tmp_path: Path) -> None:
