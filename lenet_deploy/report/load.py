@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lenet_deploy.bench.load import DURATION_S
 from lenet_deploy.records import LoadResult
 from lenet_deploy.report.bench import seconds
 from lenet_deploy.report.table import Table
 
-DURATION_S = 10.0  # what a load lasts at least unless asked otherwise
 SHOWN = ("p50", "p90", "p99", "p99.9")
 
 
