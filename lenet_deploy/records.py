@@ -435,7 +435,7 @@ class Measurement:
             return tuple(found)
         if not self.steady:
             found.append(f"not steady when the warm-up ended, after {self.warmup_launches} launches")
-        kept = [visit for visit in self.visits if visit.flag is None]
+        kept = [visit for visit, _ in self.by_visit]
         window_s = min(sum(v.window_s for v in kept if v.process == process) for process in {v.process for v in kept})
         if window_s < MIN_WINDOW_S:
             found.append(f"images/s from {window_s:.2g} s of launches, and {MIN_WINDOW_S:g} s are the least to rely on")
