@@ -175,8 +175,8 @@ def bench_json(report: BenchReport) -> str:
         "partial": report.partial,
         "options": dict(report.options),
         "measurements": [_measurement(measurement) for measurement in report.measurements],
-        "skipped": _skipped(report.skipped),
-        "failed": _skipped(report.failed),
+        "skipped": _failures(report.skipped),
+        "failed": _failures(report.failed),
         "speedups": [dataclasses.asdict(each) for each in report.speedups],
         "batches": [dataclasses.asdict(each) for each in report.batches],
         "limits": [dataclasses.asdict(each) for each in report.limits],
@@ -212,9 +212,9 @@ def read_bench(path: Path) -> BenchReport:
     try:
         return BenchReport(
             measurements=tuple(_read_measurement(each) for each in document["measurements"]),
-            skipped=tuple(Failure(each["variant"], each["reason"]) for each in document["skipped"]),
+            skipped=_read_failures(document["skipped"]),
             environment=Environment(**document["environment"]),
-            failed=tuple(Failure(each["variant"], each["reason"]) for each in document.get("failed", ())),
+            failed=_read_failures(document.get("failed", ())),
             options=document.get("options", {}),
             limits=tuple(Limit(**each) for each in document.get("limits", ())),
             machine=tuple(MachineState(**{**each, "remarks": tuple(each["remarks"])}) for each in document.get("machine", ())),
@@ -236,7 +236,7 @@ def doctor_json(statuses: tuple[RuntimeStatus, ...], environment: Environment) -
 def evaluate_json(report: AccuracyReport) -> str:
     """`evaluate` JSON, schema version 1."""
     rows = [{"variant": row.variant, "accuracy": row.accuracy, "ci95": row.ci95, "images": row.images} for row in report.rows]
-    return dump("evaluate", 1, report.environment, {"rows": rows, "skipped": _skipped(report.skipped)})
+    return dump("evaluate", 1, report.environment, {"rows": rows, "skipped": _failures(report.skipped)})
 
 
 def metrics_json(epochs: tuple[EpochStats, ...], settings: Mapping[str, Any], environment: Environment) -> str:
@@ -263,8 +263,12 @@ def manifest_json(manifest: Manifest) -> str:
     return json.dumps({**document, "digest": digest(document)}, indent=2) + "\n"
 
 
-def _skipped(failures: Iterable[Failure]) -> list[dict[str, str]]:
+def _failures(failures: Iterable[Failure]) -> list[dict[str, str]]:
     return [{"variant": failure.name, "reason": failure.reason} for failure in failures]
+
+
+def _read_failures(documents: Iterable[Mapping[str, str]]) -> tuple[Failure, ...]:
+    return tuple(Failure(each["variant"], each["reason"]) for each in documents)
 
 
 def _decisions(decisions: Decisions | None) -> dict[str, Any] | None:
