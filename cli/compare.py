@@ -35,8 +35,9 @@ def compare(
     from lenet_deploy.report.comparison import comparison_counts, comparison_markdown, comparison_table
     from lenet_deploy.store import comparison_json, read_bench
 
-    report = compare(read_bench(base), read_bench(head), threshold, across_machines)
-    if base.read_bytes() == head.read_bytes():
+    results = read_bench(base), read_bench(head)
+    report = compare(*results, threshold, across_machines)
+    if results[0] == results[1]:
         note("note: both files are the same result", quiet)
     for remark in report.notes:
         note(f"note: {remark}", quiet)
