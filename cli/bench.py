@@ -10,7 +10,7 @@ import typer
 
 from lenet_deploy.errors import BadInput, Inconclusive, Unusable
 
-from .interrupts import INTERRUPTED
+from .interrupts import INTERRUPTED, was_interrupted
 from .options import AllowTf32, BundlePath, Device, Json, Markdown, Quiet, Variants, numbers, settings, words
 from .output import check_outputs, emit, note, note_skipped, progress, show
 
@@ -88,9 +88,10 @@ def bench(
             _refuse(f"--scenario {scenario}", {"--latency-bound-ms": latency_bound_ms})
         if scenario.endswith("-stream"):
             _refuse(f"--scenario {scenario}, whose queries are one launch each", {"--batch": batch})
-        if batch is not None and len(words(batch)) > 1:
+        sizes = numbers(batch) or (None,)
+        if len(sizes) > 1:
             raise BadInput(f"--batch {batch}: --scenario takes one number, the most images in a launch")
-        _load(bundle, scenario, numbers(batch), duration, latency_bound_ms, shared, json, markdown, quiet)
+        _load(bundle, scenario, sizes[0], duration, latency_bound_ms, shared, json, markdown, quiet)
         return
     _refuse("a bench without --scenario", load)
     if rounds is not None:
@@ -118,7 +119,7 @@ def bench(
         )
     note_skipped(report.skipped, quiet)
     emit(bench_table(report), lambda: bench_json(report), json, markdown, *bench_notes(report), markdown=lambda: bench_markdown(report))
-    if report.failed:
+    if report.failed and not was_interrupted():
         raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in report.failed))
     if report.partial:
         note(f"partial: {report.partial}")
@@ -136,7 +137,7 @@ def _refuse(what: str, options: Mapping[str, object]) -> None:
 def _load(
     bundle: Path,
     scenario: str,
-    sizes: tuple[int, ...] | None,
+    batch_size: int | None,
     duration: float | None,
     latency_bound_ms: float | None,
     shared: dict[str, Any],
@@ -156,7 +157,7 @@ def _load(
             scenario,
             duration_s=duration,
             latency_bound_s=None if latency_bound_ms is None else latency_bound_ms / 1e3,
-            batch_size=max(sizes) if sizes else None,
+            batch_size=batch_size,
             progress=advance,
             **shared,
         )
