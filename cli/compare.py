@@ -13,7 +13,7 @@ from .options import Json, Markdown, Quiet
 from .output import check_outputs, emit, note, verdict
 
 if TYPE_CHECKING:
-    from lenet_deploy.records import ComparisonReport
+    from lenet_deploy.bench_records import ComparisonReport
 
 NAMED = 3  # cases in the message at the end; the table above it has all
 

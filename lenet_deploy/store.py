@@ -15,28 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from lenet_deploy import order_statistics
-from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, first_line
-from lenet_deploy.records import (
-    AccuracyReport,
+from lenet_deploy.bench_records import (
     BatchChoice,
     BenchReport,
     ColdStart,
     ComparisonReport,
-    Decisions,
-    Environment,
-    EpochStats,
-    Failure,
     Limit,
     LoadProbe,
     LoadResult,
     MachineState,
-    Manifest,
     Measurement,
+    Speedup,
+    Visit,
+)
+from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, first_line
+from lenet_deploy.records import (
+    AccuracyReport,
+    Decisions,
+    Environment,
+    EpochStats,
+    Failure,
+    Manifest,
     NodePlacement,
     ParityReport,
     RuntimeStatus,
-    Speedup,
-    Visit,
 )
 
 BENCH = 2  # version of the bench schema

@@ -14,8 +14,9 @@ import pytest
 
 from lenet_deploy.bench import statistics
 from lenet_deploy.bench.compare import EXTENT, THRESHOLD_PERCENT, compare
+from lenet_deploy.bench_records import BenchReport, ComparisonReport, MachineState, Measurement, Visit
 from lenet_deploy.errors import BadInput
-from lenet_deploy.records import BenchReport, ComparisonReport, Environment, Failure, MachineState, Measurement, Visit
+from lenet_deploy.records import Environment, Failure
 from lenet_deploy.report.comparison import comparison_counts, comparison_markdown, comparison_table
 from lenet_deploy.store import bench_json, comparison_json, read_bench
 

@@ -6,25 +6,18 @@ import dataclasses
 
 import pytest
 
+from lenet_deploy.bench_records import BatchChoice, BenchReport, ColdStart, Limit, MachineState, Measurement, Speedup, Visit
 from lenet_deploy.models import MODELS
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,
-    BatchChoice,
-    BenchReport,
-    ColdStart,
     Environment,
     Failure,
     LayerError,
-    Limit,
-    MachineState,
-    Measurement,
     ParityReport,
     ParityResult,
     Prediction,
     RuntimeStatus,
-    Speedup,
-    Visit,
 )
 from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table
 from lenet_deploy.report.table import Table, to_markdown, to_text

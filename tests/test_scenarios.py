@@ -33,13 +33,14 @@ from lenet_deploy.bench.scenarios import (
     highest_valid,
     run_scenario,
 )
+from lenet_deploy.bench_records import LoadProbe, LoadResult
 from lenet_deploy.checkpoint import Checkpoint, to_bytes
 from lenet_deploy.data import Dataset, fit, normalise
 from lenet_deploy.devices import computing_on
 from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, Unusable
 from lenet_deploy.exporters import ExportOptions
 from lenet_deploy.exporters.onnx import export_torchscript
-from lenet_deploy.records import LoadProbe, LoadResult, NodePlacement
+from lenet_deploy.records import NodePlacement
 from lenet_deploy.report.load import load_table, probe_table
 from lenet_deploy.report.table import to_text
 from lenet_deploy.runtimes import Session, eager, onnxruntime

@@ -17,31 +17,33 @@ from typing import Any
 import pytest
 
 from lenet_deploy import store
+from lenet_deploy.bench_records import (
+    BatchChoice,
+    BenchReport,
+    ColdStart,
+    Limit,
+    LoadProbe,
+    LoadResult,
+    MachineState,
+    Measurement,
+    Speedup,
+    Visit,
+)
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.environment import capture
 from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile
 from lenet_deploy.records import (
     AccuracyReport,
     AccuracyRow,
-    BatchChoice,
-    BenchReport,
-    ColdStart,
     Decisions,
     Environment,
     EpochStats,
     Failure,
     LayerError,
-    Limit,
-    LoadProbe,
-    LoadResult,
-    MachineState,
-    Measurement,
     NodePlacement,
     ParityReport,
     ParityResult,
     RuntimeStatus,
-    Speedup,
-    Visit,
 )
 
 ENVIRONMENT = Environment("Linux", "3.11.7", "Some CPU", 2, 2, None, None, {"torch": "2.15.0"}, "0" * 40)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lenet_deploy import order_statistics
+from lenet_deploy.bench_records import LoadResult
 from lenet_deploy.errors import UnknownName, Unusable, first_line
-from lenet_deploy.records import LoadResult
 
 SEEDS: Mapping[str, int] = {"qsl_rng_seed": 1, "sample_index_rng_seed": 2, "schedule_rng_seed": 3}  # the same load for every variant
 DURATION_S = 10.0  # MLPerf asks submissions for 600 s; LeNet-5 answers thousands of queries in these

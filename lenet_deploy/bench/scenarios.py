@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from lenet_deploy.bench.load import DURATION_S, MIN_QUERIES, Load, Scenario, find_scenario, judge
 from lenet_deploy.bench.loadgen import Context, Respond, load_binding, run_test
+from lenet_deploy.bench_records import LoadProbe, LoadResult
 from lenet_deploy.data import normalise_into
 from lenet_deploy.errors import BadInput, LenetDeployError, Unusable, first_line
-from lenet_deploy.records import LoadProbe, LoadResult, Preprocessing
+from lenet_deploy.records import Preprocessing
 
 if TYPE_CHECKING:
     import torch

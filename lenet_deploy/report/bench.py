@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lenet_deploy.records import BenchReport, Measurement, Speedup
+from lenet_deploy.bench_records import BenchReport, Measurement, Speedup
 from lenet_deploy.report.table import Table, to_markdown, to_text
 from lenet_deploy.report.tables import environment_line
 

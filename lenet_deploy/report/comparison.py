@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from lenet_deploy.records import VERDICTS, Comparison, ComparisonReport
+from lenet_deploy.bench_records import VERDICTS, Comparison, ComparisonReport
 from lenet_deploy.report.bench import seconds
 from lenet_deploy.report.table import Table, to_markdown
 from lenet_deploy.report.tables import environment_line

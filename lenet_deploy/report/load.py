@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lenet_deploy.bench.load import DURATION_S
-from lenet_deploy.records import LoadResult
+from lenet_deploy.bench_records import LoadResult
 from lenet_deploy.report.bench import seconds
 from lenet_deploy.report.table import Table
 

@@ -13,7 +13,8 @@ from lenet_deploy.cli import build, interrupts
 from lenet_deploy.cli.errors import run
 
 from lenet_deploy import api
-from lenet_deploy.records import BenchReport, Environment, Failure, Measurement, Visit
+from lenet_deploy.bench_records import BenchReport, Measurement, Visit
+from lenet_deploy.records import Environment, Failure
 
 MACHINE = Environment("Linux", "3.11.7", "A CPU", 2, 1, None, None, {}, None)
 PARTIAL = "interrupted after 6 visits"

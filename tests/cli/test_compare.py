@@ -13,7 +13,8 @@ import pytest
 from lenet_deploy.cli import build
 from lenet_deploy.cli.errors import run
 
-from lenet_deploy.records import BenchReport, Environment, Measurement, ParityReport, Visit
+from lenet_deploy.bench_records import BenchReport, Measurement, Visit
+from lenet_deploy.records import Environment, ParityReport
 from lenet_deploy.store import bench_json, parity_json
 
 MACHINE = Environment("Linux-6.1-x86_64", "3.11.7", "A CPU", 2, 2, None, None, {"torch": "2.15.0"}, None)
