@@ -189,7 +189,6 @@ def test_ctrl_c_before_anything_was_measured_is_an_interrupt(bundle: Bundle, mon
         ({"profile": "quik"}, "quick"),
         ({"variants": ("tensorrt/*",)}, "variant 'tensorrt/"),
         ({"baseline": "eager"}, "baseline 'eager'"),
-        ({"variants": (ORT,), "ort_options": {"no_such_option": "1"}, "batch_sizes": (1,)}, "no_such_option"),
     ],
 )
 def test_what_makes_no_sense_is_bad_input(bundle: Bundle, arguments: dict[str, object], message: str) -> None:

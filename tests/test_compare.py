@@ -106,13 +106,13 @@ def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fewer_resamples")
 @pytest.mark.parametrize("layout", [QUICK, FULL], ids=["quick", "full"])
-def test_of_a_thousand_pairs_without_a_change_at_most_one_percent_is_called_slower(layout: tuple[int, int]) -> None:
+def test_of_four_hundred_pairs_without_a_change_at_most_one_percent_is_called_slower(layout: tuple[int, int]) -> None:
     generator = np.random.default_rng(11)
-    found = verdicts((simulated(generator, MODERATE, layout), simulated(generator, MODERATE, layout)) for _ in range(1000))
-    assert found.count("slower") <= 10
-    assert found.count("faster") <= 10
+    found = verdicts((simulated(generator, MODERATE, layout), simulated(generator, MODERATE, layout)) for _ in range(400))
+    assert found.count("slower") <= 4
+    assert found.count("faster") <= 4
     if layout == FULL:
-        assert found.count("same") >= 950
+        assert found.count("same") >= 0.95 * 400
 
 
 @pytest.mark.usefixtures("fewer_resamples")
@@ -128,8 +128,8 @@ def test_harsh_noise_makes_the_answer_inconclusive_and_not_wrong(layout: tuple[i
 @pytest.mark.usefixtures("fewer_resamples")
 def test_a_slowdown_of_five_percent_is_found_in_at_least_95_percent() -> None:
     generator = np.random.default_rng(13)
-    found = verdicts((simulated(generator, MODERATE, FULL), simulated(generator, MODERATE, FULL, 1.05e-4)) for _ in range(400))
-    assert found.count("slower") >= 0.95 * 400
+    found = verdicts((simulated(generator, MODERATE, FULL), simulated(generator, MODERATE, FULL, 1.05e-4)) for _ in range(200))
+    assert found.count("slower") >= 0.95 * 200
     assert found.count("same") == found.count("faster") == 0
 
 

@@ -654,6 +654,9 @@ def test_opening_and_probing_write_nothing(bundle: Bundle, capfd: pytest.Capture
 
 
 def test_a_fresh_process_that_probes_and_runs_everything_writes_nothing(bundle: Bundle, tmp_path: Path) -> None:
-    program = "import sys; from lenet_deploy import api; api.doctor(); assert api.check_parity(sys.argv[1]).verdict == 'pass'"
+    program = (
+        "import sys; from lenet_deploy import api; api.INPUTS = 16; api.doctor(); "
+        "assert api.check_parity(sys.argv[1], batch_sizes=(1, 7)).verdict == 'pass'"
+    )
     done = subprocess.run([sys.executable, "-c", program, str(bundle.path)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_a_case_that_failed_is_code_3_after_the_table(bench: Bench, monkeypatch:
     code, out, err = bench("bundle")
     assert (code, err) == (3, "error: b/variant: batch 1, device: it does not run\n")
     assert "a/variant" in out
+
+
+def test_json_to_standard_output_is_all_there_is_on_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, skipped=(Failure("c/variant", "no such device"),))
+    code, out, err = bench("bundle", "--json", "-")
+    document = json.loads(out)
+    assert (code, next(iter(document))) == (0, "schema")
+    assert [each["variant"] for each in document["measurements"]] == ["a/variant"]
+    assert err == "skipped: c/variant: no such device\n"
 
 
 @pytest.mark.usefixtures("interrupted")
