@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -10,9 +11,9 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lenet_deploy import order_statistics
 from lenet_deploy.bench_records import (
@@ -40,6 +41,8 @@ from lenet_deploy.records import (
     ParityReport,
     RuntimeStatus,
 )
+
+Made = TypeVar("Made")
 
 BENCH = 2  # version of the bench schema
 
@@ -154,10 +157,15 @@ def parse(text: bytes, kind: str, version: int, where: Path, also: tuple[int, ..
     """
     try:
         document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise DamagedFile(f"{where}: not valid JSON (nested too deeply); it is of another kind") from None
+    except ValueError as error:
         raise DamagedFile(f"{where}: not valid JSON ({error}); it is truncated or of another kind") from None
     schema = f"lenet-deploy/{kind}/{version}"
     found = document.get("schema") if isinstance(document, dict) else None
+    if found is None:
+        what = "a bundle's manifest" if kind == "manifest" else f"a result of lenet-deploy {kind}"
+        raise DamagedFile(f"{where}: not {what}; it names no schema, where {schema!r} is expected")
     if found not in {schema, *(f"lenet-deploy/{kind}/{older}" for older in also)}:
         raise DamagedFile(f"{where}: schema is {found!r}, this version reads {schema!r}")
     assert isinstance(document, dict)
@@ -211,23 +219,53 @@ def read_bench(path: Path) -> BenchReport:
         DamagedFile: not a `bench` JSON, or one that does not hold what its schema says.
     """
     document = parse(read_file(path, "a result of bench"), "bench", BENCH, path, also=(1,))
+
+    def rows(name: str, read: Callable[[Any], Made], needed: bool = False) -> tuple[Made, ...]:
+        if not needed and name not in document:
+            return ()
+        with _reading(path, ""):
+            found = list(document[name])
+        made = []
+        for number, each in enumerate(found):
+            with _reading(path, f"{name}[{number}]"):
+                made.append(read(each))
+        return tuple(made)
+
+    with _reading(path, ""):
+        captured = document["environment"]
+    with _reading(path, "environment"):
+        environment = Environment(**captured)
+    with _reading(path, "options"):
+        options = dict(document.get("options", {}))
+    return BenchReport(
+        measurements=rows("measurements", _read_measurement, needed=True),
+        skipped=rows("skipped", _read_failure, needed=True),
+        environment=environment,
+        failed=rows("failed", _read_failure),
+        options=options,
+        limits=rows("limits", lambda each: Limit(**each)),
+        machine=rows("machine", lambda each: MachineState(**{**each, "remarks": tuple(each["remarks"])})),
+        cold_starts=rows("cold_starts", lambda each: ColdStart(**each)),
+        speedups=rows("speedups", lambda each: Speedup(**{**each, "ci95": each["ci95"] and tuple(each["ci95"])})),
+        batches=rows("batches", lambda each: BatchChoice(**each)),
+        loads=rows("loads", _read_load),
+        partial=document.get("partial"),
+    )
+
+
+@contextlib.contextmanager
+def _reading(path: Path, part: str) -> Iterator[None]:
+    """Say which part of a file is not what bench writes; raises DamagedFile."""
     try:
-        return BenchReport(
-            measurements=tuple(_read_measurement(each) for each in document["measurements"]),
-            skipped=_read_failures(document["skipped"]),
-            environment=Environment(**document["environment"]),
-            failed=_read_failures(document.get("failed", ())),
-            options=document.get("options", {}),
-            limits=tuple(Limit(**each) for each in document.get("limits", ())),
-            machine=tuple(MachineState(**{**each, "remarks": tuple(each["remarks"])}) for each in document.get("machine", ())),
-            cold_starts=tuple(ColdStart(**each) for each in document.get("cold_starts", ())),
-            speedups=tuple(Speedup(**{**each, "ci95": each["ci95"] and tuple(each["ci95"])}) for each in document.get("speedups", ())),
-            batches=tuple(BatchChoice(**each) for each in document.get("batches", ())),
-            loads=tuple(_read_load(each) for each in document.get("loads", ())),
-            partial=document.get("partial"),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFile(f"{path}: not what bench wrote ({first_line(error)}); it was altered, get a fresh copy") from None
+        yield
+        return
+    except KeyError as error:
+        why = f"{part or 'it'} has no {error.args[0]}"
+    except ValueError as error:  # of our own
+        why = f"{part}: {first_line(error)}"
+    except (TypeError, AttributeError):
+        why = f"{part or 'a part'} does not hold what it should"
+    raise DamagedFile(f"{path}: not what bench wrote: {why}; it was altered, get a fresh copy")
 
 
 def doctor_json(statuses: tuple[RuntimeStatus, ...], environment: Environment) -> str:
@@ -269,8 +307,8 @@ def _failures(failures: Iterable[Failure]) -> list[dict[str, str]]:
     return [{"variant": failure.name, "reason": failure.reason} for failure in failures]
 
 
-def _read_failures(documents: Iterable[Mapping[str, str]]) -> tuple[Failure, ...]:
-    return tuple(Failure(each["variant"], each["reason"]) for each in documents)
+def _read_failure(document: Mapping[str, str]) -> Failure:
+    return Failure(document["variant"], document["reason"])
 
 
 def _decisions(decisions: Decisions | None) -> dict[str, Any] | None:
@@ -328,7 +366,7 @@ def _read_measurement(document: Mapping[str, Any]) -> Measurement:
     }
     visits = tuple(Visit(**each) for each in document.get("visits", (whole,)))
     if sum(visit.samples for visit in visits) != len(known["times_s"]):
-        raise ValueError(f"{known['variant']}: its visits and its times do not agree")
+        raise ValueError("its visits and its times do not agree")
     nodes = tuple(NodePlacement(**each) for each in document.get("node_providers", ()))
     return Measurement(**{"stop": "rounds", **known, "visits": visits, "node_providers": nodes})
 
