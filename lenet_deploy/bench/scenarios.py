@@ -65,8 +65,8 @@ def run_scenario(
     `single-stream`: one image at a time, the next when the last is answered. `multi-stream`: the same with `samples_per_query` images.
     `offline`: all images at once, answered in launches of `batch_size`. `server`: images arrive at random (Poisson) at a rate; a thread
     answers what is waiting, up to `batch_size` at once, as serving systems do; the result is the highest rate, within TOLERANCE, at which
-    99 % are answered within `latency_bound_s` in LoadGen's judgement. It is found by bisection over short runs, which the result lists,
-    and confirmed by one of `duration_s`.
+    99 % are answered within `latency_bound_s` in LoadGen's judgement. It is found by bisection over short runs, and confirmed by one of
+    `duration_s`; where that fails, by another at a lower rate. The result lists all that came before the last.
 
     Args:
         images: uint8 (N, C, H, W) in host memory, of the model's size; LoadGen asks for them in a seeded random order.
@@ -196,7 +196,7 @@ class _Bench:
 
         def valid(qps: float) -> bool:
             result = self.once(replace(load, qps=qps, duration_s=probe_s))
-            probes.append(LoadProbe(qps, result.valid, result.latencies_s.get("p99"), result.queries))
+            probes.append(_probe(result, qps))
             self.progress(len(probes), total, self.variant)
             return result.valid
 
@@ -206,12 +206,17 @@ class _Bench:
         qps = found or min((probe.target_qps for probe in probes), default=start)
         for attempt in range(1, FINAL_TRIES + 1):
             result = self.once(replace(load, qps=qps))
-            if result.valid or found is None:
+            if result.valid or found is None or attempt == FINAL_TRIES:
                 break
-            self.progress(len(probes) + attempt, total, self.variant)
+            probes.append(_probe(result, qps))
+            self.progress(len(probes), total, self.variant)
             qps /= 1 + TOLERANCE
         self.progress(total, total, self.variant)
-        return replace(result, probes=tuple(probes))
+        return replace(result, probes=tuple(probes), settings={**result.settings, "full_runs": attempt})
+
+
+def _probe(result: LoadResult, qps: float) -> LoadProbe:
+    return LoadProbe(qps, result.valid, result.latencies_s.get("p99"), result.queries)
 
 
 def _fastest_s(respond: Respond, count: int, images: int) -> float:
