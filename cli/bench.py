@@ -97,7 +97,7 @@ def bench(
     if rounds is not None:
         _refuse("--rounds, which says how much is measured", {"--limit": limit})
     from lenet_deploy import api
-    from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table
+    from lenet_deploy.report.bench import bench_markdown, bench_notes, terminal_table
     from lenet_deploy.store import bench_json
 
     sweep = batch == "auto"
@@ -118,7 +118,7 @@ def bench(
             **shared,
         )
     note_skipped(report.skipped, quiet)
-    emit(bench_table(report), lambda: bench_json(report), json, markdown, *bench_notes(report), markdown=lambda: bench_markdown(report))
+    emit(terminal_table(report), lambda: bench_json(report), json, markdown, *bench_notes(report), markdown=lambda: bench_markdown(report))
     if report.failed and not was_interrupted():
         raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in report.failed))
     if report.partial:

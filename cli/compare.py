@@ -32,7 +32,7 @@ def compare(
     """Compare two results of bench, case by case; exit 1 if any is slower, else 4 if any is inconclusive or missing in HEAD."""
     check_outputs(json, markdown)
     from lenet_deploy.bench.compare import compare
-    from lenet_deploy.report.comparison import comparison_counts, comparison_markdown, comparison_table
+    from lenet_deploy.report.comparison import comparison_counts, comparison_lines, comparison_markdown, terminal_table
     from lenet_deploy.store import comparison_json, read_bench
 
     results = read_bench(base), read_bench(head)
@@ -42,10 +42,11 @@ def compare(
     for remark in report.notes:
         note(f"note: {remark}", quiet)
     emit(
-        comparison_table(report),
+        terminal_table(report),
         lambda: comparison_json(report),
         json,
         markdown,
+        *comparison_lines(report),
         f"verdict: {verdict(report.verdict, report.verdict == 'not slower')} ({comparison_counts(report)})",
         markdown=lambda: comparison_markdown(report),
     )

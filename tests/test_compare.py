@@ -17,7 +17,7 @@ from lenet_deploy.bench.compare import EXTENT, THRESHOLD_PERCENT, compare
 from lenet_deploy.bench_records import BenchReport, ComparisonReport, MachineState, Measurement, Visit
 from lenet_deploy.errors import BadInput
 from lenet_deploy.records import Environment, Failure
-from lenet_deploy.report.comparison import comparison_counts, comparison_markdown, comparison_table
+from lenet_deploy.report.comparison import comparison_counts, comparison_lines, comparison_markdown, comparison_table, terminal_table
 from lenet_deploy.store import bench_json, comparison_json, read_bench
 
 OLD = Path(__file__).parent / "data" / "bench-1.json"
@@ -429,6 +429,8 @@ def test_the_table_has_a_row_a_case_and_the_markdown_says_the_verdict_first() ->
     text = comparison_markdown(found)
     assert text.startswith("## Compared with base: slower\n\n1 slower, 1 inconclusive, 1 only in base; changes of up to 3 %")
     assert "| slower |" in text
+    assert "remarks" not in terminal_table(found).columns
+    assert comparison_lines(found) == ("base has 3 visits, 6 are needed: short (1 device)",)
 
 
 def test_markdown_shows_a_files_words_as_they_are() -> None:

@@ -199,7 +199,7 @@ def test_a_file_against_itself_is_said(compare: Compare) -> None:
 def test_a_result_of_version_1_is_read_and_inconclusive(compare: Compare) -> None:
     code, out, _ = compare(str(OLD), str(OLD))
     assert code == 4
-    assert out.count("base has 1 visit, 6 are needed") == 2
+    assert out.count("base has 1 visit, 6 are needed; head has 1 visit, 6 are needed: all 2 rows") == 1
 
 
 def test_the_installed_command_compares_and_exits_as_documented(cli: Any, folder: Path) -> None:
