@@ -106,17 +106,28 @@ def checkpoint(digits: data.Dataset) -> Checkpoint:
     return train.train(train.TrainConfig("lenet5", SMALL, epochs=3, device="cpu"), digits)
 
 
+def fewer(patch: pytest.MonkeyPatch) -> None:
+    """Sixteen generated images of each kind and two batch sizes, where users get 256 and six."""
+    patch.setattr(api, "INPUTS", 16)
+    patch.setattr(check, "BATCH_SIZES", (1, 3))
+
+
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen generated images of each kind and two batch sizes, where users, and a session's `bundle` and `report`, get 256 and six."""
-    monkeypatch.setattr(api, "INPUTS", 16)
-    monkeypatch.setattr(check, "BATCH_SIZES", (1, 3))
+    """Parity of little in every test, but for the session's `report` and real processes."""
+    fewer(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Checkpoint, digits: data.Dataset, once: Callable[..., Path]) -> Bundle:
     """A bundle of every artifact; tests that damage one copy it first."""
-    return open_bundle(once("bundle", lambda path: api.export(checkpoint, path, dataset=digits).bundle.path))
+
+    def export(path: Path) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            fewer(patch)  # `report` has what users get
+            return api.export(checkpoint, path, dataset=digits).bundle.path
+
+    return open_bundle(once("bundle", export))
 
 
 @pytest.fixture(scope="session")
