@@ -35,9 +35,10 @@ from lenet_deploy.bench.machine import Watch
 from lenet_deploy.bench.plan import Plan
 from lenet_deploy.bench.scopes import bench_images, bind
 from lenet_deploy.bench.timing import timer_overhead_s
+from lenet_deploy.bench_records import Measurement, Visit
 from lenet_deploy.bundle import open_bundle
 from lenet_deploy.order_statistics import median
-from lenet_deploy.records import Measurement, NodePlacement, Preprocessing, Visit
+from lenet_deploy.records import NodePlacement, Preprocessing
 from lenet_deploy.report.bench import seconds
 from lenet_deploy.report.table import Table, to_markdown
 from lenet_deploy.report.tables import environment_line

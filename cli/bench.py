@@ -9,7 +9,7 @@ import typer
 
 from lenet_deploy.errors import BadInput, Inconclusive, Unusable
 
-from .interrupts import INTERRUPTED
+from .interrupts import INTERRUPTED, was_interrupted
 from .options import (
     AllowTf32,
     Device,
@@ -103,15 +103,16 @@ def bench(
             refuse(f"--scenario {scenario}", {"--latency-bound-ms": latency_bound_ms})
         if scenario.endswith("-stream"):
             refuse(f"--scenario {scenario}, whose queries are one launch each", {"--batch": batch})
-        if batch is not None and len(words(batch)) > 1:
+        sizes = numbers(batch) or (None,)
+        if len(sizes) > 1:
             raise BadInput(f"--batch {batch}: --scenario takes one number, the most images in a launch")
-        _load(what, scenario, numbers(batch), duration, latency_bound_ms, shared, json, markdown, quiet)
+        _load(what, scenario, sizes[0], duration, latency_bound_ms, shared, json, markdown, quiet)
         return
     refuse("a bench without --scenario", load)
     if rounds is not None:
         refuse("--rounds, which says how much is measured", {"--limit": limit})
     from lenet_deploy import api
-    from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table
+    from lenet_deploy.report.bench import bench_markdown, bench_notes, terminal_table
     from lenet_deploy.store import bench_json
 
     sweep = batch == "auto"
@@ -132,8 +133,8 @@ def bench(
             **shared,
         )
     note_skipped(report.skipped, quiet)
-    emit(bench_table(report), lambda: bench_json(report), json, markdown, *bench_notes(report), markdown=lambda: bench_markdown(report))
-    if report.failed:
+    emit(terminal_table(report), lambda: bench_json(report), json, markdown, *bench_notes(report), markdown=lambda: bench_markdown(report))
+    if report.failed and not was_interrupted():
         raise Unusable("; ".join(f"{failure.name}: {failure.reason}" for failure in report.failed))
     if report.partial:
         note(f"partial: {report.partial}")
@@ -145,7 +146,7 @@ def bench(
 def _load(
     what: Path,
     scenario: str,
-    sizes: tuple[int, ...] | None,
+    batch_size: int | None,
     duration: float | None,
     latency_bound_ms: float | None,
     shared: dict[str, Any],
@@ -165,7 +166,7 @@ def _load(
             scenario,
             duration_s=duration,
             latency_bound_s=None if latency_bound_ms is None else latency_bound_ms / 1e3,
-            batch_size=max(sizes) if sizes else None,
+            batch_size=batch_size,
             progress=advance,
             **shared,
         )

@@ -13,7 +13,7 @@ from .options import Json, Markdown, Quiet
 from .output import check_outputs, emit, note, verdict
 
 if TYPE_CHECKING:
-    from lenet_deploy.records import ComparisonReport
+    from lenet_deploy.bench_records import ComparisonReport
 
 NAMED = 3  # cases in the message at the end; the table above it has all
 
@@ -32,19 +32,21 @@ def compare(
     """Compare two results of bench, case by case; exit 1 if any is slower, else 4 if any is inconclusive or missing in HEAD."""
     check_outputs(json, markdown)
     from lenet_deploy.bench.compare import compare
-    from lenet_deploy.report.comparison import comparison_counts, comparison_markdown, comparison_table
+    from lenet_deploy.report.comparison import comparison_counts, comparison_lines, comparison_markdown, terminal_table
     from lenet_deploy.store import comparison_json, read_bench
 
-    report = compare(read_bench(base), read_bench(head), threshold, across_machines)
-    if base.read_bytes() == head.read_bytes():
+    results = read_bench(base), read_bench(head)
+    report = compare(*results, threshold, across_machines)
+    if results[0] == results[1]:
         note("note: both files are the same result", quiet)
     for remark in report.notes:
         note(f"note: {remark}", quiet)
     emit(
-        comparison_table(report),
+        terminal_table(report),
         lambda: comparison_json(report),
         json,
         markdown,
+        *comparison_lines(report),
         f"verdict: {verdict(report.verdict, report.verdict == 'not slower')} ({comparison_counts(report)})",
         markdown=lambda: comparison_markdown(report),
     )

@@ -25,7 +25,7 @@ def demo(
     from lenet_deploy import api
     from lenet_deploy.data import load_dataset
     from lenet_deploy.recipes import find_recipe
-    from lenet_deploy.report.bench import bench_table
+    from lenet_deploy.report.bench import terminal_table, warning_lines
     from lenet_deploy.report.table import to_text
     from lenet_deploy.report.tables import accuracy_table, artifact_table, environment_line, parity_table
     from lenet_deploy.store import bench_json, make_folder, parity_json, write_file
@@ -49,10 +49,12 @@ def demo(
         (f"Accuracy on {len(digits.test_images)} digits that training never saw", accuracy_table(exported.accuracies)),
         ("Artifacts", artifact_table(exported.bundle.manifest.artifacts)),
         (f"Parity with the float64 oracle: {verdict(exported.parity.verdict, True)}", parity_table(exported.parity)),
-        ("Latency and throughput", bench_table(bench)),
+        ("Latency and throughput", terminal_table(bench)),
     )
     for title, table in sections:
         typer.echo(f"\n{title}\n{to_text(table)}")
+    for line in warning_lines(bench):
+        typer.echo(line)
     typer.echo(f"\n{environment_line(bench.environment)}")
     typer.echo(f"\nFiles\n  {path}\n  {exported.bundle.path}/\n  {out / 'parity.json'}\n  {out / 'bench.json'}\n  {out / 'metrics.json'}")
     typer.echo(f"Next\n  lenet-deploy parity {exported.bundle.path}\n  lenet-deploy bench {exported.bundle.path} --profile full")

@@ -4,8 +4,9 @@ Importing this package imports no torch, onnx, onnxruntime or numpy; the functio
 """
 
 from lenet_deploy.api import ExportReport, ParityFailed, benchmark, check_pair, check_parity, export
+from lenet_deploy.bench_records import BenchReport, Measurement
 from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, LenetDeployError, Unusable
-from lenet_deploy.records import BenchReport, Environment, Failure, Measurement, ParityReport, ParityResult
+from lenet_deploy.records import Environment, Failure, ParityReport, ParityResult
 from lenet_deploy.sources import load
 
 __version__ = "0.1.0"

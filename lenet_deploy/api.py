@@ -17,14 +17,7 @@ from lenet_deploy.bench.run import benchmark, sizes_of
 from lenet_deploy.errors import BadInput, GateFailed, first_line
 from lenet_deploy.evaluation import evaluate, predict
 from lenet_deploy.pairing import check_pair
-from lenet_deploy.records import (
-    AccuracyRow,
-    Artifact,
-    Failure,
-    ParityReport,
-    ParityResult,
-    RuntimeStatus,
-)
+from lenet_deploy.records import AccuracyRow, Artifact, Failure, ParityReport, ParityResult, RuntimeStatus
 from lenet_deploy.sources import (
     artifact_of,
     bundle_checkpoint,

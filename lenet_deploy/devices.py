@@ -94,14 +94,9 @@ def float32_state() -> dict[str, str]:
 
 
 def check_threads(count: int | None) -> None:
-    """Raise BadInput for a number of threads that none can have; more than there are cores is allowed, see `threads_note`."""
+    """Raise BadInput for a number of threads that none can have; more than there are cores is allowed."""
     if count is not None and not 1 <= count <= MAX_THREADS:
         raise BadInput(f"threads is {count}; it must be from 1 to {MAX_THREADS:,}, and is best at most the number of cores")
-
-
-def threads_note(count: int, cores: int) -> str | None:
-    """What a reader should know of `count` threads on `cores` logical CPUs; None where each has one to itself."""
-    return f"{count} threads share {cores} cores, so they wait for each other" if count > cores else None
 
 
 @contextlib.contextmanager

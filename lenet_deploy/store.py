@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -10,34 +11,38 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lenet_deploy import order_statistics
-from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, first_line
-from lenet_deploy.records import (
-    AccuracyReport,
+from lenet_deploy.bench_records import (
     BatchChoice,
     BenchReport,
     ColdStart,
     ComparisonReport,
-    Decisions,
-    Environment,
-    EpochStats,
-    Failure,
     Limit,
     LoadProbe,
     LoadResult,
     MachineState,
-    Manifest,
     Measurement,
-    NodePlacement,
-    ParityReport,
-    RuntimeStatus,
     Speedup,
     Visit,
 )
+from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, first_line
+from lenet_deploy.records import (
+    AccuracyReport,
+    Decisions,
+    Environment,
+    EpochStats,
+    Failure,
+    Manifest,
+    NodePlacement,
+    ParityReport,
+    RuntimeStatus,
+)
+
+Made = TypeVar("Made")
 
 BENCH = 2  # version of the bench schema
 UNFINISHED = ".unfinished"  # how the name of a file ends while it is written
@@ -159,10 +164,15 @@ def parse(text: bytes, kind: str, version: int, where: Path, also: tuple[int, ..
     """
     try:
         document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise DamagedFile(f"{where}: not valid JSON (nested too deeply); it is of another kind") from None
+    except ValueError as error:
         raise DamagedFile(f"{where}: not valid JSON ({error}); it is truncated or of another kind") from None
     schema = f"lenet-deploy/{kind}/{version}"
     found = document.get("schema") if isinstance(document, dict) else None
+    if found is None:
+        what = "a bundle's manifest" if kind == "manifest" else f"a result of lenet-deploy {kind}"
+        raise DamagedFile(f"{where}: not {what}; it names no schema, where {schema!r} is expected")
     if found not in {schema, *(f"lenet-deploy/{kind}/{older}" for older in also)}:
         raise DamagedFile(f"{where}: schema is {found!r}, this version reads {schema!r}")
     assert isinstance(document, dict)
@@ -182,8 +192,8 @@ def bench_json(report: BenchReport) -> str:
         "partial": report.partial,
         "options": dict(report.options),
         "measurements": [_measurement(measurement) for measurement in report.measurements],
-        "skipped": _skipped(report.skipped),
-        "failed": _skipped(report.failed),
+        "skipped": _failures(report.skipped),
+        "failed": _failures(report.failed),
         "speedups": [dataclasses.asdict(each) for each in report.speedups],
         "batches": [dataclasses.asdict(each) for each in report.batches],
         "limits": [dataclasses.asdict(each) for each in report.limits],
@@ -216,23 +226,53 @@ def read_bench(path: Path) -> BenchReport:
         DamagedFile: not a `bench` JSON, or one that does not hold what its schema says.
     """
     document = parse(read_file(path, "a result of bench"), "bench", BENCH, path, also=(1,))
+
+    def rows(name: str, read: Callable[[Any], Made], needed: bool = False) -> tuple[Made, ...]:
+        if not needed and name not in document:
+            return ()
+        with _reading(path, ""):
+            found = list(document[name])
+        made = []
+        for number, each in enumerate(found):
+            with _reading(path, f"{name}[{number}]"):
+                made.append(read(each))
+        return tuple(made)
+
+    with _reading(path, ""):
+        captured = document["environment"]
+    with _reading(path, "environment"):
+        environment = Environment(**captured)
+    with _reading(path, "options"):
+        options = dict(document.get("options", {}))
+    return BenchReport(
+        measurements=rows("measurements", _read_measurement, needed=True),
+        skipped=rows("skipped", _read_failure, needed=True),
+        environment=environment,
+        failed=rows("failed", _read_failure),
+        options=options,
+        limits=rows("limits", lambda each: Limit(**each)),
+        machine=rows("machine", lambda each: MachineState(**{**each, "remarks": tuple(each["remarks"])})),
+        cold_starts=rows("cold_starts", lambda each: ColdStart(**each)),
+        speedups=rows("speedups", lambda each: Speedup(**{**each, "ci95": each["ci95"] and tuple(each["ci95"])})),
+        batches=rows("batches", lambda each: BatchChoice(**each)),
+        loads=rows("loads", _read_load),
+        partial=document.get("partial"),
+    )
+
+
+@contextlib.contextmanager
+def _reading(path: Path, part: str) -> Iterator[None]:
+    """Say which part of a file is not what bench writes; raises DamagedFile."""
     try:
-        return BenchReport(
-            measurements=tuple(_read_measurement(each) for each in document["measurements"]),
-            skipped=tuple(Failure(each["variant"], each["reason"]) for each in document["skipped"]),
-            environment=Environment(**document["environment"]),
-            failed=tuple(Failure(each["variant"], each["reason"]) for each in document.get("failed", ())),
-            options=document.get("options", {}),
-            limits=tuple(Limit(**each) for each in document.get("limits", ())),
-            machine=tuple(MachineState(**{**each, "remarks": tuple(each["remarks"])}) for each in document.get("machine", ())),
-            cold_starts=tuple(ColdStart(**each) for each in document.get("cold_starts", ())),
-            speedups=tuple(Speedup(**{**each, "ci95": each["ci95"] and tuple(each["ci95"])}) for each in document.get("speedups", ())),
-            batches=tuple(BatchChoice(**each) for each in document.get("batches", ())),
-            loads=tuple(_read_load(each) for each in document.get("loads", ())),
-            partial=document.get("partial"),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFile(f"{path}: not what bench wrote ({first_line(error)}); it was altered, get a fresh copy") from None
+        yield
+        return
+    except KeyError as error:
+        why = f"{part or 'it'} has no {error.args[0]}"
+    except ValueError as error:  # of our own
+        why = f"{part}: {first_line(error)}"
+    except (TypeError, AttributeError):
+        why = f"{part or 'a part'} does not hold what it should"
+    raise DamagedFile(f"{path}: not what bench wrote: {why}; it was altered, get a fresh copy")
 
 
 def doctor_json(statuses: tuple[RuntimeStatus, ...], environment: Environment) -> str:
@@ -253,7 +293,7 @@ def evaluate_json(report: AccuracyReport) -> str:
         }
         for row in report.rows
     ]
-    return dump("evaluate", 1, report.environment, {"rows": rows, "skipped": _skipped(report.skipped)})
+    return dump("evaluate", 1, report.environment, {"rows": rows, "skipped": _failures(report.skipped)})
 
 
 def zoo_json(entries: Sequence[Mapping[str, Any]], environment: Environment) -> str:
@@ -285,8 +325,12 @@ def manifest_json(manifest: Manifest) -> str:
     return json.dumps({**document, "digest": digest(document)}, indent=2) + "\n"
 
 
-def _skipped(failures: Iterable[Failure]) -> list[dict[str, str]]:
+def _failures(failures: Iterable[Failure]) -> list[dict[str, str]]:
     return [{"variant": failure.name, "reason": failure.reason} for failure in failures]
+
+
+def _read_failure(document: Mapping[str, str]) -> Failure:
+    return Failure(document["variant"], document["reason"])
 
 
 def _decisions(decisions: Decisions | None) -> dict[str, Any] | None:
@@ -344,7 +388,7 @@ def _read_measurement(document: Mapping[str, Any]) -> Measurement:
     }
     visits = tuple(Visit(**each) for each in document.get("visits", (whole,)))
     if sum(visit.samples for visit in visits) != len(known["times_s"]):
-        raise ValueError(f"{known['variant']}: its visits and its times do not agree")
+        raise ValueError("its visits and its times do not agree")
     nodes = tuple(NodePlacement(**each) for each in document.get("node_providers", ()))
     return Measurement(**{"stop": "rounds", **known, "visits": visits, "node_providers": nodes})
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import hashlib
 import os
+import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 from lenet_deploy import api, data, environment, pairing, train
@@ -22,8 +27,8 @@ from lenet_deploy.exporters.onnx import export_torchscript
 from lenet_deploy.exporters.tensors import record
 from lenet_deploy.exporters.torchscript import export_trace
 from lenet_deploy.models import find_model
+from lenet_deploy.parity import check, inputs
 from lenet_deploy.parity.check import Trial
-from lenet_deploy.parity.inputs import input_sets
 from lenet_deploy.records import Manifest, ParityReport
 from lenet_deploy.variants import CHECKPOINT, ONNX_TS, TRACE, ArtifactSpec
 
@@ -34,7 +39,51 @@ SMALL = {"in_channels": "1", "image_size": "28", "padding": "2"}
 # The smallest network in which every layer can be told from its neighbours; its channels are no multiple of any block of ORT's layouts.
 TINY = {"in_channels": "1", "image_size": "20", "channels": "6,10", "hidden": "24,16"}
 
+# The same examples every time, however long one takes: this machine may be busy.
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], T]], T]:
+    """What a function makes, made by the first process of this test run that asks for that name; the others read it.
+
+    The function takes a path of its own, which stays.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], T]) -> T:
+        stored = shared / f"{name}.pickle"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not stored.exists():
+                stored.write_bytes(pickle.dumps(make(shared / name)))
+        found: T = pickle.loads(stored.read_bytes())
+        return found
+
+    return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def oracles() -> Iterator[None]:
+    """The input sets of a checkpoint, with the oracle's scores, are computed once: they do not change, and most tests ask for the same."""
+    known: dict[object, tuple[inputs.InputSet, ...]] = {}
+    compute = inputs.input_sets
+
+    def remembered(checkpoint: Checkpoint, dataset: data.Dataset, count: int) -> tuple[inputs.InputSet, ...]:
+        images = hashlib.sha256(dataset.test_images.numpy().tobytes() + dataset.test_labels.numpy().tobytes()).digest()
+        key = (repr(checkpoint.metadata()), dataset.name, images, count, inputs.MAX_PIXELS)
+        if key not in known:
+            known[key] = compute(checkpoint, dataset, count)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "input_sets", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -57,23 +106,35 @@ def checkpoint(digits: data.Dataset) -> Checkpoint:
     return train.train(train.TrainConfig("lenet5", SMALL, epochs=3, device="cpu"), digits)
 
 
+def fewer(patch: pytest.MonkeyPatch) -> None:
+    """Sixteen generated images of each kind and two batch sizes, where users get 256 and six."""
+    patch.setattr(api, "INPUTS", 16)
+    patch.setattr(pairing, "INPUTS", 16)
+    patch.setattr(check, "BATCH_SIZES", (1, 3))
+
+
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen generated images of each kind where users get 256; what a session shares, and real processes, have those."""
-    monkeypatch.setattr(api, "INPUTS", 16)
-    monkeypatch.setattr(pairing, "INPUTS", 16)
+    """Parity of little in every test, but for the session's `report` and real processes."""
+    fewer(monkeypatch)
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Checkpoint, digits: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(checkpoint: Checkpoint, digits: data.Dataset, once: Callable[..., Path]) -> Bundle:
     """A bundle of every artifact; tests that damage one copy it first."""
-    return api.export(checkpoint, tmp_path_factory.mktemp("published") / "bundle", dataset=digits).bundle
+
+    def export(path: Path) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            fewer(patch)  # `report` has what users get
+            return api.export(checkpoint, path, dataset=digits).bundle.path
+
+    return open_bundle(once("bundle", export))
 
 
 @pytest.fixture(scope="session")
-def report(bundle: Bundle) -> ParityReport:
+def report(bundle: Bundle, once: Callable[..., ParityReport]) -> ParityReport:
     """Parity of the whole bundle on the CPU, with the batch sizes and checks that users get, and every layer."""
-    return api.check_parity(bundle, device="cpu", drill=True)
+    return once("report", lambda path: api.check_parity(bundle, device="cpu", drill=True))
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +153,7 @@ def few(digits: data.Dataset) -> data.Dataset:
 def trial(tiny: Checkpoint, few: data.Dataset) -> Trial:
     """What the tiny network's variants are put through: three batch sizes, sixteen generated images of each kind."""
     with computing_on(torch.device("cpu")):
-        sets = input_sets(tiny, few, 16)
+        sets = inputs.input_sets(tiny, few, 16)
     return Trial(sets, (1, 2, 7), tiny)
 
 

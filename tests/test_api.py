@@ -63,10 +63,10 @@ def exporting(monkeypatch: pytest.MonkeyPatch, exporters: Mapping[ArtifactSpec, 
     monkeypatch.setattr(api, "select_artifacts", lambda formats, precisions: specs)
 
 
-def test_export_returns_what_it_published(checkpoint: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
+def test_export_returns_what_it_published(tiny: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
     said: list[tuple[int, int, str]] = []
     report = api.export(
-        checkpoint,
+        tiny,
         tmp_path / "below" / "bundle",
         formats=("torchscript",),
         dataset=digits,
@@ -101,8 +101,8 @@ def test_every_artifact_is_verified_and_knows_the_accuracy_that_evaluate_finds(b
     assert set(known) == {variant.name for variant in VARIANTS if variant.runtime.load().probe(variant.device).usable}
 
 
-def test_accuracies_are_what_parity_counted(checkpoint: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
-    report = api.export(checkpoint, tmp_path / "bundle", formats=("torchscript",), dataset=digits, device="cpu")
+def test_accuracies_are_what_parity_counted(tiny: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
+    report = api.export(tiny, tmp_path / "bundle", formats=("torchscript",), dataset=digits, device="cpu")
     decided = {result.variant: result.decisions for result in report.parity.results if result.decisions}
     assert {row.variant for row in report.accuracies} == decided.keys() != set()
     for row in report.accuracies:
@@ -116,19 +116,19 @@ def test_accuracies_stand_at_the_artifact_that_was_run(bundle: Bundle) -> None:
     assert all(owners[name] == artifact.name for artifact in bundle.manifest.artifacts for name in artifact.accuracy)
 
 
-def test_accuracy_is_unknown_on_images_the_model_was_not_trained_on(checkpoint: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
+def test_accuracy_is_unknown_on_images_the_model_was_not_trained_on(tiny: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
     others = dataclasses.replace(digits, name="others")
-    report = api.export(checkpoint, tmp_path / "bundle", formats=("torchscript",), dataset=others)
+    report = api.export(tiny, tmp_path / "bundle", formats=("torchscript",), dataset=others)
     assert [artifact.accuracy for artifact in report.bundle.manifest.artifacts] == [{}, {}, {}]
     assert report.parity.notes == ("real images are from others, not from digits, which the model was trained on",)
 
 
 def test_an_artifact_that_fails_parity_stops_the_publication(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporting(monkeypatch, {SCRIPT: None, TRACE: slightly_wrong})
     with pytest.raises(api.ParityFailed) as caught:
-        api.export(checkpoint, tmp_path / "bundle", dataset=digits)
+        api.export(tiny, tmp_path / "bundle", dataset=digits)
     failed = {result.variant for result in caught.value.report.results if result.status == "fail"}
     assert failed >= {variant.name for variant in VARIANTS if variant.artifact is TRACE and variant.device == "cpu"}
     assert all("/trace" in name for name in failed)
@@ -137,31 +137,31 @@ def test_an_artifact_that_fails_parity_stops_the_publication(
 
 
 def test_an_exporter_that_changes_the_module_does_not_change_the_others(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporting(monkeypatch, {TRACE: slightly_wrong, SCRIPT: None})
     with pytest.raises(api.ParityFailed) as caught:
-        api.export(checkpoint, tmp_path / "bundle", dataset=digits, device="cpu")
+        api.export(tiny, tmp_path / "bundle", dataset=digits, device="cpu")
     failed = {result.variant for result in caught.value.report.results if result.status == "fail"}
     assert failed == {variant.name for variant in VARIANTS if variant.artifact is TRACE and variant.device == "cpu"}
 
 
 def test_a_failed_parity_leaves_the_bundle_that_stood_there(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api.export(checkpoint, tmp_path / "bundle", formats=("torchscript",), dataset=digits)
+    api.export(tiny, tmp_path / "bundle", formats=("torchscript",), dataset=digits)
     before = content(tmp_path)
     exporting(monkeypatch, {TRACE: slightly_wrong})
     with pytest.raises(api.ParityFailed):
-        api.export(checkpoint, tmp_path / "bundle", dataset=digits, force=True)
+        api.export(tiny, tmp_path / "bundle", dataset=digits, force=True)
     assert content(tmp_path) == before
 
 
 def test_an_exporter_that_fails_is_left_out_and_reported_and_the_rest_is_published(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporting(monkeypatch, {TRACE: refusing, SCRIPT: None})
-    report = api.export(checkpoint, tmp_path / "bundle", dataset=digits)
+    report = api.export(tiny, tmp_path / "bundle", dataset=digits)
     assert [(failure.name, failure.reason) for failure in report.left_out] == [(TRACE.name, "this operator is not known")]
     assert {artifact.name for artifact in report.bundle.manifest.artifacts} == {CHECKPOINT.name, SCRIPT.name}
     assert not (tmp_path / "bundle" / TRACE.path).exists()
@@ -169,10 +169,10 @@ def test_an_exporter_that_fails_is_left_out_and_reported_and_the_rest_is_publish
 
 
 def test_an_artifact_without_the_checkpoints_weights_is_left_out_and_says_which(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporting(monkeypatch, {TRACE: with_other_weights, SCRIPT: None})
-    report = api.export(checkpoint, tmp_path / "bundle", dataset=digits, device="cpu")
+    report = api.export(tiny, tmp_path / "bundle", dataset=digits, device="cpu")
     (failure,) = report.left_out
     assert failure.name == TRACE.name
     assert "the checkpoint's fc3.bias" in failure.reason
@@ -181,40 +181,38 @@ def test_an_artifact_without_the_checkpoints_weights_is_left_out_and_says_which(
 
 
 def test_a_failure_without_a_message_is_reported_by_its_kind(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporting(monkeypatch, {TRACE: speechless, SCRIPT: None})
-    report = api.export(checkpoint, tmp_path / "bundle", dataset=digits)
+    report = api.export(tiny, tmp_path / "bundle", dataset=digits)
     (failure,) = report.left_out
     assert failure.name == TRACE.name
     assert failure.reason.startswith("AssertionError")
 
 
 def test_nothing_exported_is_a_failed_gate_and_publishes_nothing(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exporting(monkeypatch, {TRACE: refusing, SCRIPT: speechless})
     with pytest.raises(GateFailed, match=rf"nothing could be exported.*{TRACE.name}: this operator is not known; {SCRIPT.name}: "):
-        api.export(checkpoint, tmp_path / "bundle", dataset=digits)
+        api.export(tiny, tmp_path / "bundle", dataset=digits)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_export_leaves_nothing(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_export_leaves_nothing(tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exporting(monkeypatch, {SCRIPT: None, TRACE: interrupted})
     with pytest.raises(KeyboardInterrupt):
-        api.export(checkpoint, tmp_path / "bundle", dataset=digits)
+        api.export(tiny, tmp_path / "bundle", dataset=digits)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_artifact_that_nothing_here_can_run_is_published_unverified(
-    checkpoint: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for device in DEVICES:  # as on a machine whose onnxruntime is a build for other hardware
         monkeypatch.setitem(onnxruntime.PROVIDERS, device, "AbsentExecutionProvider")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    report = api.export(checkpoint, tmp_path / "bundle", dataset=digits, formats=("torchscript", "onnx"))
+    report = api.export(tiny, tmp_path / "bundle", dataset=digits, formats=("torchscript", "onnx"))
     status = {artifact.name: artifact.status for artifact in open_bundle(tmp_path / "bundle").manifest.artifacts}
     unrun = {variant.artifact.name for variant in VARIANTS if variant.runtime.name == "onnxruntime"}
     assert len(unrun) == 2
@@ -223,15 +221,15 @@ def test_an_artifact_that_nothing_here_can_run_is_published_unverified(
     assert all(not artifact.accuracy for artifact in report.bundle.manifest.artifacts if artifact.name in unrun)
 
 
-def test_an_existing_bundle_needs_force_and_is_then_replaced_whole(checkpoint: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
+def test_an_existing_bundle_needs_force_and_is_then_replaced_whole(tiny: Checkpoint, digits: Dataset, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
-    api.export(checkpoint, target, formats=("torchscript",), dataset=digits)
+    api.export(tiny, target, formats=("torchscript",), dataset=digits)
     (target / "note.txt").write_text("mine")
     before = content(tmp_path)
     with pytest.raises(BadInput, match="add --force"):
-        api.export(checkpoint, target, formats=("torchscript",), dataset=digits)
+        api.export(tiny, target, formats=("torchscript",), dataset=digits)
     assert content(tmp_path) == before
-    api.export(checkpoint, target, formats=("torchscript",), dataset=digits, force=True)
+    api.export(tiny, target, formats=("torchscript",), dataset=digits, force=True)
     assert {path.name for path in target.iterdir()} == {"manifest.json", CHECKPOINT.path, TRACE.path, SCRIPT.path}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -245,10 +243,10 @@ def test_an_existing_bundle_needs_force_and_is_then_replaced_whole(checkpoint: C
     ],
 )
 def test_wrong_words_are_bad_input_and_create_nothing(
-    choices: dict[str, str | tuple[str, ...]], message: str, checkpoint: Checkpoint, tmp_path: Path
+    choices: dict[str, str | tuple[str, ...]], message: str, tiny: Checkpoint, tmp_path: Path
 ) -> None:
     with pytest.raises(BadInput, match=message):
-        api.export(checkpoint, tmp_path / "below" / "bundle", **choices)
+        api.export(tiny, tmp_path / "below" / "bundle", **choices)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -379,14 +377,14 @@ def no_manifest(tmp_path: Path) -> Iterator[Path]:
     assert content(tmp_path / "folder") == {"file": b"x"}
 
 
-def test_a_folder_that_is_no_bundle_is_bad_input_everywhere(no_manifest: Path, checkpoint: Checkpoint, digits: Dataset) -> None:
+def test_a_folder_that_is_no_bundle_is_bad_input_everywhere(no_manifest: Path, tiny: Checkpoint, digits: Dataset) -> None:
     for call in (api.check_parity, api.benchmark, api.load):
         with pytest.raises(BadInput, match="not a bundle"):
             call(no_manifest)
     with pytest.raises(BadInput, match="not a bundle"):
         api.evaluate(no_manifest, digits)
     with pytest.raises(BadInput, match="not a bundle"):
-        api.export(checkpoint, no_manifest, force=True)
+        api.export(tiny, no_manifest, force=True)
 
 
 def test_every_error_raised_on_purpose_shares_one_base() -> None:

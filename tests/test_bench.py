@@ -21,10 +21,10 @@ from lenet_deploy.bench import coordinator
 from lenet_deploy.bench.coordinator import COMMAND, KINDS, Gathered, higher
 from lenet_deploy.bench.plan import PROFILES, SCOPES, Plan, find_profile, plan_from_json
 from lenet_deploy.bench.results import batch_choices, measurements
+from lenet_deploy.bench_records import STOPS, BenchReport, Limit, Measurement, Visit
 from lenet_deploy.bundle import Bundle, write_artifact, write_manifest
 from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, Unusable
 from lenet_deploy.order_statistics import MIN_SAMPLES
-from lenet_deploy.records import STOPS, BenchReport, Limit, Measurement, Visit
 from lenet_deploy.sources import artifact_of
 from lenet_deploy.variants import VARIANTS
 
@@ -189,7 +189,6 @@ def test_ctrl_c_before_anything_was_measured_is_an_interrupt(bundle: Bundle, mon
         ({"profile": "quik"}, "quick"),
         ({"variants": ("tensorrt/*",)}, "variant 'tensorrt/"),
         ({"baseline": "eager"}, "baseline 'eager'"),
-        ({"variants": (ORT,), "ort_options": {"no_such_option": "1"}, "batch_sizes": (1,)}, "no_such_option"),
     ],
 )
 def test_what_makes_no_sense_is_bad_input(bundle: Bundle, arguments: dict[str, object], message: str) -> None:

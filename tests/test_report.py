@@ -6,28 +6,21 @@ import dataclasses
 
 import pytest
 
+from lenet_deploy.bench_records import BatchChoice, BenchReport, ColdStart, Limit, MachineState, Measurement, Speedup, Visit
 from lenet_deploy.models import MODELS
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,
-    BatchChoice,
-    BenchReport,
-    ColdStart,
     Environment,
     Failure,
     LayerError,
-    Limit,
-    MachineState,
-    Measurement,
     ParityReport,
     ParityResult,
     Prediction,
     RuntimeStatus,
-    Speedup,
-    Visit,
 )
-from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table
-from lenet_deploy.report.table import Table, to_markdown, to_text
+from lenet_deploy.report.bench import bench_markdown, bench_notes, bench_table, interval, terminal_table, warning_lines
+from lenet_deploy.report.table import Table, remark_lines, to_markdown, to_text, without
 from lenet_deploy.report.tables import (
     accuracy_table,
     artifact_table,
@@ -107,6 +100,26 @@ def test_a_line_break_in_a_cell_does_not_break_the_text_table() -> None:
 def test_a_column_is_numeric_when_every_filled_cell_starts_as_a_number(cells: tuple[str, ...], right: bool) -> None:
     rule = to_markdown(Table(("heading",), tuple((cell,) for cell in cells))).splitlines()[1]
     assert rule == ("| ---: |" if right else "| --- |")
+
+
+def test_a_table_without_some_columns_keeps_the_others() -> None:
+    assert without(FRUIT, "count") == Table(("fruit", "note"), (("apple", ""), ("fig", "ripe"), ("pear", "-")))
+
+
+def test_remarks_that_differ_in_numbers_alone_are_one_line_with_their_rows_and_the_range() -> None:
+    rows = [
+        ("fp32/a", "1 device", ("noisy: 11% of the median", "drift: +1,018.5%")),
+        ("fp32/a", "8 device", ("noisy: 25% of the median",)),
+        ("b", "8 device", ("noisy: 8% of the median",)),
+        ("b", "9 device", ("rare",)),
+    ]
+    assert remark_lines(rows) == (
+        "noisy: 8% to 25% of the median: fp32/a (1 device, 8 device); b (8 device)",
+        "drift: +1,018.5%: fp32/a (1 device)",
+        "rare: b (9 device)",
+    )
+    assert remark_lines(rows[:1] + rows[:1])[0] == "noisy: 11% of the median: all 2 rows"
+    assert remark_lines([]) == remark_lines([("a", "1 device", ())]) == ()
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -296,6 +309,34 @@ def test_a_bench_is_followed_by_its_cold_starts_batches_limits_and_what_makes_it
     assert text.count("busy") == 1
     assert text.endswith(environment_line(ENVIRONMENT))
     assert bench_notes(BenchReport((), (), ENVIRONMENT)) == ("", environment_line(ENVIRONMENT))
+
+
+def many(count: int, noisy: int, **changes: object) -> BenchReport:
+    """A report of so many rows, of which some are noisy."""
+    quiet, loud = measurement((1e-3,) * 12, 6), measurement((1e-3, 1.5e-3) * 6, 6)
+    rows = tuple(dataclasses.replace(loud if i < noisy else quiet, batch_size=i + 1) for i in range(count))
+    return dataclasses.replace(BenchReport(rows, (), ENVIRONMENT), **changes)  # type: ignore[arg-type]
+
+
+def test_the_terminal_has_the_warnings_below_a_narrow_table() -> None:
+    found = many(3, 2)
+    assert "warnings" not in terminal_table(found).columns
+    assert all(len(line) <= 120 for line in to_text(terminal_table(found)).splitlines())
+    (line,) = warning_lines(found)
+    assert line.startswith("grossly noisy: interquartile range is ")
+    assert line.endswith(": eager/torch-cpu/fp32 (1 device, 2 device)")
+    assert line in bench_notes(found)
+    assert "grossly noisy" in bench_markdown(found)
+
+
+def test_a_speed_up_without_an_interval_is_explained_below_the_table() -> None:
+    name = "eager/torch-cpu/fp32"
+    rough = many(1, 0, speedups=(Speedup(name, "other", 1, "device", 1.5, None, 2),))
+    assert "~: too few visits for an interval" in bench_notes(rough)
+
+
+def test_an_interval_names_a_unit_that_both_ends_share_once() -> None:
+    assert [interval(each) for each in ((2e-4, 3e-4), (9e-4, 1e-3), None)] == ["200.0 - 300.0 us", "900.0 us - 1.000 ms", "-"]
 
 
 def test_a_bench_in_markdown_has_the_same_and_what_was_skipped() -> None:

@@ -12,10 +12,10 @@ import torch
 from lenet_deploy import environment
 from lenet_deploy.bench import roofline
 from lenet_deploy.bench.roofline import bandwidth_bps, best_rate, floors, launch_bytes, measure_limit, working_sets
+from lenet_deploy.bench_records import BenchReport, Limit, Measurement, Visit
 from lenet_deploy.devices import float32_state
 from lenet_deploy.errors import Unusable
 from lenet_deploy.models import find_model
-from lenet_deploy.records import BenchReport, Limit, Measurement, Visit
 from lenet_deploy.store import bench_json, read_bench
 
 LAYERS = find_model("lenet5").defaults.layers()

@@ -33,13 +33,14 @@ from lenet_deploy.bench.scenarios import (
     highest_valid,
     run_scenario,
 )
+from lenet_deploy.bench_records import LoadProbe, LoadResult
 from lenet_deploy.checkpoint import Checkpoint, to_bytes
 from lenet_deploy.data import Dataset, fit, normalise
 from lenet_deploy.devices import computing_on
 from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, Unusable
 from lenet_deploy.exporters import ExportOptions
 from lenet_deploy.exporters.onnx import export_torchscript
-from lenet_deploy.records import LoadProbe, LoadResult, NodePlacement
+from lenet_deploy.records import NodePlacement
 from lenet_deploy.report.load import load_table, probe_table
 from lenet_deploy.report.table import to_text
 from lenet_deploy.runtimes import Session, eager, onnxruntime
@@ -702,7 +703,34 @@ def test_a_figure_is_rendered_in_the_unit_of_its_name(metric: str, value: float,
 
 
 def test_the_rates_that_were_tried_are_listed_in_order() -> None:
-    assert to_text(probe_table(RESULT)).splitlines()[2:] == [
-        "    6,500  valid    12.300 ms    1,300",
-        "   13,000  invalid          -       52",
+    whole = LoadProbe(13000.0, False, 0.5, 130_000)
+    found = dataclasses.replace(RESULT, probes=(*RESULT.probes, whole), settings={"target_qps": 12380.0, "full_runs": 2})
+    assert to_text(probe_table(found)).splitlines()[2:] == [
+        "short      6,500  valid     12.300 ms    1,300",
+        "short     13,000  invalid           -       52",
+        "full      13,000  invalid  500.000 ms  130,000",
+        "full      12,380  invalid           -       52",
     ]
+
+
+def test_runs_of_full_length_that_fail_are_listed_and_the_result_is_one_at_a_lower_rate(
+    network: Checkpoint, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlperf_loadgen")
+    tried: list[tuple[float, float]] = []
+
+    def once(self: object, asked: Load) -> LoadResult:
+        tried.append((asked.duration_s, asked.qps))
+        whole = [each for each in tried if each[0] == 5.0]
+        valid = asked.qps <= 300.0 if asked.duration_s < 5.0 else len(whole) == 3
+        return dataclasses.replace(RESULT, valid=valid, probes=(), settings=asked.settings)
+
+    monkeypatch.setattr("lenet_deploy.bench.scenarios._Bench.once", once)
+    result = run(network, images, known(network, 0.002), "server", duration_s=5.0, latency_bound_s=BOUND_S)
+    assert result.valid
+    assert result.settings["full_runs"] == 3
+    rates = [qps for duration, qps in tried if duration == 5.0]
+    assert [probe.target_qps for probe in result.probes[-2:]] == rates[:2]
+    assert [probe.valid for probe in result.probes[-2:]] == [False, False]
+    assert [row[0] for row in probe_table(result).rows[-3:]] == ["full"] * 3
+    assert rates[0] > rates[1] > rates[2] == result.settings["target_qps"]

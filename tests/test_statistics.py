@@ -10,8 +10,8 @@ import pytest
 
 from lenet_deploy.bench import statistics
 from lenet_deploy.bench.statistics import MIN_VISITS, median_ratio_ci95, paired_ratios, speedups
+from lenet_deploy.bench_records import Measurement, Visit
 from lenet_deploy.order_statistics import median
-from lenet_deploy.records import Measurement, Visit
 
 Block = tuple[Visit, tuple[float, ...]]
 

@@ -17,31 +17,33 @@ from typing import Any
 import pytest
 
 from lenet_deploy import store
+from lenet_deploy.bench_records import (
+    BatchChoice,
+    BenchReport,
+    ColdStart,
+    Limit,
+    LoadProbe,
+    LoadResult,
+    MachineState,
+    Measurement,
+    Speedup,
+    Visit,
+)
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.environment import capture
 from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile
 from lenet_deploy.records import (
     AccuracyReport,
     AccuracyRow,
-    BatchChoice,
-    BenchReport,
-    ColdStart,
     Decisions,
     Environment,
     EpochStats,
     Failure,
     LayerError,
-    Limit,
-    LoadProbe,
-    LoadResult,
-    MachineState,
-    Measurement,
     NodePlacement,
     ParityReport,
     ParityResult,
     RuntimeStatus,
-    Speedup,
-    Visit,
 )
 
 ENVIRONMENT = Environment("Linux", "3.11.7", "Some CPU", 2, 2, None, None, {"torch": "2.15.0"}, "0" * 40)
@@ -263,21 +265,21 @@ def test_a_bench_of_version_1_still_loads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "where"),
     [
-        ('"times_s": [', '"times_s": [0.5, '),
-        ('"measurements"', '"measured"'),
-        ('"launches_per_block"', '"launches"'),
-        ('"cpu": "Some CPU"', '"processor": "Some CPU"'),
-        ('"ci95": [', '"ci96": ['),
+        ('"times_s": [', '"times_s": [0.5, ', r"measurements\[0\]: its visits and its times do not agree"),
+        ('"measurements"', '"measured"', "it has no measurements"),
+        ('"launches_per_block"', '"launches"', r"measurements\[0\] does not hold what it should"),
+        ('"cpu": "Some CPU"', '"processor": "Some CPU"', "environment does not hold what it should"),
+        ('"ci95": [', '"ci96": [', r"speedups\[0\] has no ci95"),
     ],
 )
-def test_a_bench_that_is_not_what_it_says_is_damaged(old: str, new: str, tmp_path: Path) -> None:
+def test_a_bench_that_is_not_what_it_says_is_damaged(old: str, new: str, where: str, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     text = store.bench_json(BENCH)
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    with pytest.raises(DamagedFile, match=r"bench\.json: not what bench wrote"):
+    with pytest.raises(DamagedFile, match=rf"bench\.json: not what bench wrote: {where}; "):
         store.read_bench(path)
 
 
@@ -344,10 +346,10 @@ def test_parse_reads_what_dump_wrote(kind: str) -> None:
         (b'{"schema": "lenet-deploy/parity/1"', "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b"{}", "schema is None"),
-        (b"[]", "schema is None"),
-        (b"null", "schema is None"),
-        (b"1", "schema is None"),
+        (b"{}", "not a result of lenet-deploy parity"),
+        (b"[]", "not a result of lenet-deploy parity"),
+        (b"null", "not a result of lenet-deploy parity"),
+        (b"1", "not a result of lenet-deploy parity"),
         (b'{"schema": 1}', "schema is 1"),
         (b'{"schema": "lenet-deploy/parity/2"}', "'lenet-deploy/parity/2', this version reads 'lenet-deploy/parity/1'"),
         (b'{"schema": "lenet-deploy/bench/1"}', "'lenet-deploy/bench/1'"),

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -484,6 +484,7 @@ STEPS = st.lists(
 )
 
 
+@settings(max_examples=40)
 @given(
     st.lists(st.fixed_dictionaries({"source": st.just("w"), "tensor": st.sampled_from(["w", "s", None]), "transforms": STEPS}), max_size=2)
 )

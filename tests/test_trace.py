@@ -31,11 +31,12 @@ from lenet_deploy.bench.spans import (
     self_times,
 )
 from lenet_deploy.bench.trace import MIN_LAUNCHES, profiled_opener, trace
+from lenet_deploy.bench_records import OperatorTime, TraceReport
 from lenet_deploy.bundle import Bundle
 from lenet_deploy.data import Dataset, fit
 from lenet_deploy.devices import computing_on
 from lenet_deploy.errors import BadInput, CannotWrite, DamagedFile, Unusable
-from lenet_deploy.records import Environment, OperatorTime, Preprocessing, TraceReport
+from lenet_deploy.records import Environment, Preprocessing
 from lenet_deploy.report.table import to_text
 from lenet_deploy.report.trace import TOP, trace_lines, trace_tables
 from lenet_deploy.runtimes import SessionOptions, onnxruntime

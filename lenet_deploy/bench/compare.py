@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lenet_deploy.bench.statistics import MIN_VISITS, Visits, median_ratio_ci95, paired_ratios
+from lenet_deploy.bench_records import BenchReport, Comparison, ComparisonReport, Measurement
 from lenet_deploy.errors import BadInput
 from lenet_deploy.order_statistics import median
-from lenet_deploy.records import BenchReport, Comparison, ComparisonReport, Measurement
 
 # Ten times what processes of one bundle were measured to differ by at batch 1, and little enough for a change of 5 % to be found with three
 # processes of eight visits.

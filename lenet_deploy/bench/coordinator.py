@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lenet_deploy.bench.plan import Plan
+from lenet_deploy.bench_records import STOPS, ColdStart, Limit, MachineState, Visit
 from lenet_deploy.errors import BadInput, DamagedFile, LenetDeployError, Unusable
-from lenet_deploy.records import STOPS, ColdStart, Environment, Failure, Limit, MachineState, NodePlacement, Visit
+from lenet_deploy.records import Environment, Failure, NodePlacement
 
 # -P: a file in the current folder that happens to be called torch.py is not imported.
 COMMAND = (sys.executable, "-P", "-m", "lenet_deploy.bench.worker")

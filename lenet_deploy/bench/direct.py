@@ -11,8 +11,9 @@ from lenet_deploy import environment
 from lenet_deploy.bench.coordinator import Progress
 from lenet_deploy.bench.plan import find_profile
 from lenet_deploy.bench.run import chosen_variants, opened, silent, sizes_for, taken
+from lenet_deploy.bench_records import BenchReport, LoadResult, TraceReport
 from lenet_deploy.errors import BadInput, Unusable
-from lenet_deploy.records import BenchReport, Failure, LoadResult, TraceReport
+from lenet_deploy.records import Failure
 from lenet_deploy.sources import computing, device_of, open_session
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenet_deploy.bench import cpu, nvml
-from lenet_deploy.records import MachineState
+from lenet_deploy.bench_records import MachineState
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from lenet_deploy import order_statistics
 from lenet_deploy.bench.coordinator import Gathered, Key, Times
-from lenet_deploy.records import BatchChoice, Measurement
+from lenet_deploy.bench_records import BatchChoice, Measurement
 
 Floors = Callable[[str, int, str], Mapping[str, float]]
 

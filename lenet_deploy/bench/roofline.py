@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lenet_deploy.bench.cpu import last_level_cache_bytes
+from lenet_deploy.bench_records import Limit
 from lenet_deploy.errors import Unusable, first_line
 from lenet_deploy.models.layers import FLOAT32_BYTES
-from lenet_deploy.records import Limit
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,9 @@ from lenet_deploy import environment
 from lenet_deploy.bench.coordinator import Gathered, Key, Progress, gather
 from lenet_deploy.bench.plan import SCOPES, Plan, Profile, find_profile
 from lenet_deploy.bench.results import batch_choices, measurements
+from lenet_deploy.bench_records import BenchReport, Measurement, Speedup
 from lenet_deploy.errors import BadInput, DamagedFile, UnknownName, Unusable
-from lenet_deploy.records import BenchReport, Failure, Measurement, Speedup
+from lenet_deploy.records import Failure
 from lenet_deploy.sources import Source, bundle_source, on_device, open_path
 from lenet_deploy.store import digest, sha256
 from lenet_deploy.variants import VARIANTS, select_variants, with_ort_options

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from lenet_deploy.records import OperatorTime
+from lenet_deploy.bench_records import OperatorTime
 
 # What a span is. A wrapper holds operators and is none itself: a session's run, an interpreter's frame. A kernel is anything on the GPU.
 LAUNCH, WRAPPER, OPERATOR, KERNEL = "launch", "wrapper", "operator", "kernel"

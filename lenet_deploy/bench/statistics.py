@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lenet_deploy.bench_records import Measurement, Speedup, Visit
 from lenet_deploy.order_statistics import Z95, median
-from lenet_deploy.records import Measurement, Speedup, Visit
 
 if TYPE_CHECKING:
     from numpy import ndarray

@@ -29,8 +29,8 @@ from lenet_deploy.bench.spans import (
     operator_times,
 )
 from lenet_deploy.bench.timing import calibrate
+from lenet_deploy.bench_records import TraceReport
 from lenet_deploy.errors import DamagedFile, first_line
-from lenet_deploy.records import TraceReport
 
 if TYPE_CHECKING:
     import torch

@@ -140,11 +140,13 @@ def _condition(checkpoint: Checkpoint, images: torch.Tensor, oracle: torch.Tenso
     def moved(values: torch.Tensor) -> torch.Tensor:
         return values * (1 + step * (2.0 * torch.randint(0, 2, values.shape, generator=generator) - 1))
 
+    module = checkpoint.module().double()
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
+
     def drawn() -> torch.Tensor:
-        module = checkpoint.module().double()
         with torch.no_grad():
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.copy_(moved(tensor))
+            for tensor, exact in tensors:
+                tensor.copy_(moved(exact))
         return (_evaluated(module, moved(images.double())) - oracle).abs().amax(dim=1) / (step * largest)
 
     draws = [drawn() for _ in range(DRAWS)]
@@ -159,7 +161,7 @@ def _evaluated(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
     Torch's own threads meet in every operator. A LeNet's are so short that this gains nothing on an idle machine, and on a busy one
     it was measured to take ten to forty times as long.
     """
-    threads = torch.get_num_threads()
+    threads, chunks = torch.get_num_threads(), images.split(CHUNK)
 
     def one(chunk: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -167,8 +169,10 @@ def _evaluated(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
 
     torch.set_num_threads(1)
     try:
+        if min(threads, len(chunks)) == 1:  # most sets are one chunk, and are evaluated often
+            return torch.cat([one(chunk) for chunk in chunks])
         with ThreadPoolExecutor(threads) as pool:
-            return torch.cat(list(pool.map(one, images.split(CHUNK))))
+            return torch.cat(list(pool.map(one, chunks)))
     finally:
         torch.set_num_threads(threads)
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from lenet_deploy.records import BenchReport, Measurement, Speedup
-from lenet_deploy.report.table import Table, to_markdown, to_text
+from lenet_deploy.bench_records import BenchReport, Measurement, Speedup
+from lenet_deploy.report.table import Table, remark_lines, to_markdown, to_text, without
 from lenet_deploy.report.tables import environment_line
 
 
 def bench_table(report: BenchReport) -> Table:
-    """One row a measurement."""
+    """One row a measurement, with all that Markdown has room for."""
     ratios = {(each.variant, each.batch_size, each.scope): each for each in report.speedups}
     columns = ("variant", "batch", "scope", "median", "95 % interval", "p90", "p99", "images/s", "speed-up", "limit", "bound", "warnings")
     return Table(columns, tuple(_row(m, ratios.get((m.variant, m.batch_size, m.scope))) for m in report.measurements))
+
+
+def terminal_table(report: BenchReport) -> Table:
+    """The same for a terminal: `warning_lines` say the rest."""
+    return without(bench_table(report), "p90", "warnings")
+
+
+def warning_lines(report: BenchReport) -> tuple[str, ...]:
+    """The warnings, each with the rows it concerns."""
+    return remark_lines((m.variant, f"{m.batch_size} {m.scope}", m.warnings) for m in report.measurements)
 
 
 def _row(measured: Measurement, speedup: Speedup | None) -> tuple[str, ...]:
@@ -71,8 +81,9 @@ def remarks(report: BenchReport) -> tuple[str, ...]:
 def bench_notes(report: BenchReport) -> tuple[str, ...]:
     """What follows the main table on a terminal."""
     titled = tuple(f"\n{title}\n{to_text(table)}" for title, table in sections(report))
-    said = remarks(report)
-    return (*titled, *(("", *said) if said else ()), "", environment_line(report.environment))
+    rough = ("~: too few visits for an interval",) if any(each.ci95 is None for each in report.speedups) else ()
+    said = (*warning_lines(report), *rough, *remarks(report))
+    return (*(("", *said) if said else ()), *titled, "", environment_line(report.environment))
 
 
 def bench_markdown(report: BenchReport) -> str:
@@ -121,8 +132,12 @@ def _limit_table(report: BenchReport) -> Table:
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
-    """Two times and a dash between them."""
-    return f"{seconds(bounds[0])} - {seconds(bounds[1])}" if bounds else "-"
+    """Two times and a dash between them, the unit once where it is one."""
+    if bounds is None:
+        return "-"
+    low, high = seconds(bounds[0]), seconds(bounds[1])
+    unit = high[high.index(" ") :]
+    return f"{low.removesuffix(unit)} - {high}"
 
 
 def seconds(value: float | None) -> str:

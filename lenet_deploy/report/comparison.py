@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 
-from lenet_deploy.records import VERDICTS, Comparison, ComparisonReport
+from lenet_deploy.bench_records import VERDICTS, Comparison, ComparisonReport
 from lenet_deploy.report.bench import seconds
-from lenet_deploy.report.table import Table, to_markdown
+from lenet_deploy.report.table import Table, remark_lines, to_markdown, without
 from lenet_deploy.report.tables import environment_line
 
 
@@ -14,6 +14,16 @@ def comparison_table(report: ComparisonReport) -> Table:
     """One row a case; the ratio is head to base, so that above 1 head is slower."""
     columns = ("variant", "device", "batch", "scope", "base", "head", "ratio", "95 % interval", "verdict", "remarks")
     return Table(columns, tuple(map(_row, report.rows)))
+
+
+def terminal_table(report: ComparisonReport) -> Table:
+    """The same for a terminal: `comparison_lines` say the remarks."""
+    return without(comparison_table(report), "remarks")
+
+
+def comparison_lines(report: ComparisonReport) -> tuple[str, ...]:
+    """The remarks, each with the rows it concerns."""
+    return remark_lines((row.variant, f"{row.batch_size} {row.scope}", _remarks(row)) for row in report.rows)
 
 
 def comparison_counts(report: ComparisonReport) -> str:
@@ -43,5 +53,9 @@ def _row(row: Comparison) -> tuple[str, ...]:
         "-" if row.ratio is None else f"{row.ratio:.3f}",
         "-" if row.ci95 is None else f"{row.ci95[0]:.3f} - {row.ci95[1]:.3f}",
         row.verdict,
-        "; ".join((*((row.reason,) if row.reason else ()), *row.warnings)),
+        "; ".join(_remarks(row)),
     )
+
+
+def _remarks(row: Comparison) -> tuple[str, ...]:
+    return (*((row.reason,) if row.reason else ()), *row.warnings)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lenet_deploy.records import LoadResult
+from lenet_deploy.bench.load import DURATION_S
+from lenet_deploy.bench_records import LoadResult
 from lenet_deploy.report.bench import seconds
 from lenet_deploy.report.table import Table
 
-DURATION_S = 10.0  # what a load lasts at least unless asked otherwise
 SHOWN = ("p50", "p90", "p99", "p99.9")
 
 
@@ -31,12 +31,17 @@ def load_table(results: Iterable[LoadResult]) -> Table:
 
 
 def probe_table(result: LoadResult) -> Table:
-    """One row a rate that was tried in `server`, in order."""
+    """One row a rate that was tried in `server`, in order: short runs, then those of full length, of which the last is the result."""
+    failed = int(result.settings.get("full_runs", 1)) - 1
+    lengths = ("short",) * (len(result.probes) - failed) + ("full",) * failed
+    probes = zip(lengths, result.probes, strict=True)
+    tried = [(length, probe.target_qps, probe.valid, probe.latency_p99_s, probe.queries) for length, probe in probes]
+    last = ("full", result.settings["target_qps"], result.valid, result.latencies_s.get("p99"), result.queries)
     rows = tuple(
-        (f"{probe.target_qps:,.0f}", "valid" if probe.valid else "invalid", seconds(probe.latency_p99_s), f"{probe.queries:,}")
-        for probe in result.probes
+        (length, f"{qps:,.0f}", "valid" if valid else "invalid", seconds(p99_s), f"{queries:,}")
+        for length, qps, valid, p99_s, queries in (*tried, last)
     )
-    return Table(("queries/s", "verdict", "p99", "queries"), rows)
+    return Table(("run", "queries/s", "verdict", "p99", "queries"), rows)
 
 
 def _short(result: LoadResult) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -40,15 +41,59 @@ def to_markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def without(table: Table, *columns: str) -> Table:
+    """The table without some columns, for a terminal, which is narrower than a file."""
+    kept = [i for i, name in enumerate(table.columns) if name not in columns]
+    return Table(tuple(table.columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in table.rows))
+
+
+# A number that is no part of a name.
+_NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:[.,]\d+)*%?")
+
+
+def remark_lines(rows: Iterable[tuple[str, str, Sequence[str]]]) -> tuple[str, ...]:
+    """What is said of rows, one line a remark with the rows it concerns; remarks that differ in their numbers alone are one.
+
+    Args:
+        rows: of each, the variant, the workload, and the remarks.
+    """
+    listed = list(rows)
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for variant, workload, remarks in listed:
+        for remark in remarks:
+            found.setdefault(_NUMBER.sub("#", remark), []).append((variant, workload, remark))
+    return tuple(f"{_merged([remark for *_, remark in each])}: {_places(each, len(listed))}" for each in found.values())
+
+
+def _merged(remarks: Sequence[str]) -> str:
+    """Remarks that differ in numbers as one, with the least and the greatest of each."""
+
+    def size(number: str) -> float:
+        return float(number.rstrip("%").replace(",", ""))
+
+    columns = zip(*map(_NUMBER.findall, remarks), strict=True)
+    ends = iter([(min(column, key=size), max(column, key=size)) for column in columns])
+    return _NUMBER.sub(lambda found: " to ".join(dict.fromkeys(next(ends))), remarks[0])
+
+
+def _places(rows: Sequence[tuple[str, str, str]], count: int) -> str:
+    if len(rows) == count > 1:
+        return f"all {count} rows"
+    workloads: dict[str, list[str]] = {}
+    for variant, workload, _ in rows:
+        workloads.setdefault(variant, []).append(workload)
+    return "; ".join(f"{variant} ({', '.join(each)})" for variant, each in workloads.items())
+
+
 def _one_line(cell: str) -> str:
     return " ".join(cell.splitlines())
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Which columns hold numbers: a digit first in each cell that is not empty or a dash, and at least one such cell."""
+    """Which columns hold numbers: a digit first, signs aside, in each cell that is not empty or a dash, and such a cell."""
 
     def number(cell: str) -> bool:
-        return cell.lstrip("-+").replace(",", "")[:1].isdigit() and " x " not in cell
+        return cell.lstrip("-+~").replace(",", "")[:1].isdigit() and " x " not in cell
 
     columns = [[row[i] for row in table.rows if row[i] not in ("", "-")] for i in range(len(table.columns))]
     return [bool(cells) and all(map(number, cells)) for cells in columns]

@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from lenet_deploy.models.layers import Layer
-from lenet_deploy.records import (
-    AccuracyRow,
-    Artifact,
-    Environment,
-    LayerError,
-    ParityReport,
-    ParityResult,
-    Prediction,
-    RuntimeStatus,
-)
+from lenet_deploy.records import AccuracyRow, Artifact, Environment, LayerError, ParityReport, ParityResult, Prediction, RuntimeStatus
 from lenet_deploy.report.table import Table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lenet_deploy.records import OperatorTime, TraceReport
+from lenet_deploy.bench_records import OperatorTime, TraceReport
 from lenet_deploy.report.table import Table
 
 TOP = 12  # operators that have a row of their own; a LeNet's other ones take a few percent

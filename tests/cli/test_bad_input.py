@@ -425,7 +425,7 @@ def test_wrong_content_under_the_right_digest_is_a_parity_mismatch_and_code_1(
         for each in copy.manifest.artifacts
     ]
     write_manifest(copy.path, dataclasses.replace(copy.manifest, artifacts=tuple(artifacts)))
-    monkeypatch.setattr(sys, "argv", ["lenet-deploy", "parity", str(copy.path), "--batch", "1", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["lenet-deploy", "parity", str(copy.path), "--batch", "1", "--variants", "*/fp32", "--device", "cpu"])
     code = run(build())
     printed = capsys.readouterr()
     assert code == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -19,15 +21,17 @@ import torch
 from lenet_deploy.cli import COMMANDS, build
 from lenet_deploy.cli.errors import run
 
-from lenet_deploy import __version__
+from lenet_deploy import __version__, api
 from lenet_deploy.bundle import Bundle, open_bundle
 from lenet_deploy.checkpoint import Checkpoint, load, to_bytes
 from lenet_deploy.data import Dataset, fit, normalise
+from lenet_deploy.errors import GateFailed
 from lenet_deploy.models import MODELS
 from lenet_deploy.variants import ARTIFACTS, DEVICES, RUNTIMES, TRACE, VARIANTS
 
 CPU_VARIANTS = [variant.name for variant in VARIANTS if variant.device == "cpu"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two threads wait for each other four times as long where the cores are shared with other work
+QUICK = ("--batch", "1", "--scope", "device", "--rounds", "1")
 SMALL = ("--set", "in_channels=1", "--set", "channels=2,3", "--set", "hidden=8,6")
 
 
@@ -97,20 +101,31 @@ def test_export_to_one_format_holds_that_format_and_the_checkpoint(lenet: Run, t
     assert names == ["checkpoint", "torchscript-trace-fp32", "torchscript-script-fp32"]
 
 
-def test_export_to_all_means_every_format(lenet: Run, tmp_path: Path) -> None:
-    assert lenet("export", "lenet5", *SMALL, "--to", "all", "--out", "bundle", "--device", "cpu", "--quiet").code == 0
-    assert len(open_bundle(tmp_path / "bundle").manifest.artifacts) == len(ARTIFACTS)
+@pytest.mark.parametrize(("to", "formats"), [((), ("torchscript", "onnx")), (("--to", "all"), ("all",)), (("--to", "onnx"), ("onnx",))])
+def test_export_asks_for_the_formats_of_its_option(
+    to: tuple[str, ...], formats: tuple[str, ...], lenet: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def export(*arguments: object, formats: tuple[str, ...], **options: object) -> None:
+        asked.append(formats)
+        raise GateFailed("as asked")
+
+    monkeypatch.setattr(api, "export", export)
+    assert lenet("export", "lenet5", *SMALL, *to, "--quiet").err == "error: as asked\n"
+    assert asked == [formats]
 
 
-def test_export_takes_a_checkpoint_and_a_foreign_state_dict(lenet: Run, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    (tmp_path / "mine.safetensors").write_bytes(to_bytes(checkpoint))
-    torch.save(dict(checkpoint.weights), tmp_path / "foreign.pt")
+def test_export_takes_a_checkpoint_and_a_foreign_state_dict(lenet: Run, tiny: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_bytes(to_bytes(tiny))
+    torch.save(dict(tiny.weights), tmp_path / "foreign.pt")
     options = ("--to", "torchscript", "--device", "cpu", "--quiet")
-    settings = ("--model", "lenet5", "--set", "in_channels=1", "--set", "image_size=28", "--set", "padding=2")
+    config = ("in_channels=1", "image_size=20", "channels=6,10", "hidden=24,16")
+    settings = ("--model", "lenet5", *(word for each in config for word in ("--set", each)))
     assert lenet("export", "mine.safetensors", *options, "--out", "a").code == 0
     assert lenet("export", "foreign.pt", *settings, *options, "--out", "b").code == 0
     digests = {open_bundle(tmp_path / name).metadata.weights_sha256 for name in "ab"}
-    assert digests == {checkpoint.metadata().weights_sha256}
+    assert digests == {tiny.metadata().weights_sha256}
 
 
 def test_export_replaces_a_bundle_by_force(lenet: Run, tmp_path: Path) -> None:
@@ -264,7 +279,7 @@ def test_a_mismatch_is_code_1_and_every_file_says_where(lenet: Run, spoilt: Bund
 @pytest.mark.skipif(torch.cuda.is_available(), reason="skips variants for want of a GPU, and there is one")
 def test_variants_that_cannot_run_here_are_listed_as_skipped_with_the_reason(lenet: Run, bundle: Bundle) -> None:
     parity = lenet("parity", bundle.path, "--batch", "1", "--variants", "eager/*,*cuda*", "--json", "-")
-    bench = lenet("bench", bundle.path, "--variants", "*", "--batch", "1", "--scope", "device", "--rounds", "1", "--json", "-")
+    bench = lenet("bench", bundle.path, "--variants", "eager/torch-cpu/fp32,*cuda*", *QUICK, "--json", "-")
     evaluate = lenet("evaluate", bundle.path, "--json", "-")
     skipped = [result for result in parity.document["results"] if result["status"] == "skipped"]
     on_cuda = {variant.name for variant in VARIANTS if variant.device == "cuda"}
@@ -356,13 +371,6 @@ def test_bench_puts_loadgens_verdict_into_the_result(lenet: Run, bundle: Bundle,
     assert load["summary"]["Result is"] in ("VALID", "INVALID")
     assert "offline" in done.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["load.json"]
-
-
-def test_bench_json_to_standard_output_is_all_there_is_on_it(lenet: Run, bundle: Bundle) -> None:
-    arguments = ("--variants", "eager/torch-cpu/fp32", "--batch", "1", "--scope", "device", "--rounds", "1", "--device", "cpu")
-    done = lenet("bench", bundle.path, *arguments, "--json", "-")
-    assert done.code == 0
-    assert len(done.document["measurements"]) == 1
 
 
 def test_evaluate_takes_a_bundle_a_checkpoint_an_artifact_and_a_name(lenet: Run, bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -596,16 +604,15 @@ def test_the_module_runs_as_the_command_does(cli: Callable[..., subprocess.Compl
     assert "\x1b" not in done.stdout, "no colours where no terminal is"
 
 
-def test_no_color_is_honoured_on_a_terminal(bundle: Bundle, tmp_path: Path) -> None:
-    import os
-    import pty
+def test_no_color_is_honoured_on_a_terminal(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parent.parent / "data" / "bench-1.json", tmp_path / "bench.json")
 
     def verdict(**environment: str) -> bytes:
         master, slave = pty.openpty()
-        command = [sys.executable, "-m", "lenet_deploy.cli", "parity", str(bundle.path), "--variants", "eager/torch-cpu/*", "--batch", "1"]
+        command = [sys.executable, "-m", "lenet_deploy.cli", "compare", "bench.json", "bench.json"]
         plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
         subprocess.run(
-            command, stdout=slave, stderr=subprocess.PIPE, env={**plain, "TERM": "xterm", **environment}, timeout=120, check=True
+            command, cwd=tmp_path, stdout=slave, stderr=subprocess.PIPE, env={**plain, "TERM": "xterm", **environment}, timeout=120
         )
         os.close(slave)
         printed = b""
@@ -621,7 +628,15 @@ def test_no_color_is_honoured_on_a_terminal(bundle: Bundle, tmp_path: Path) -> N
             return b""
 
     assert b"verdict: \x1b[" in verdict()
-    assert b"verdict: pass" in verdict(NO_COLOR="1")
+    assert b"verdict: inconclusive" in verdict(NO_COLOR="1")
+
+
+def test_paritys_verdict_is_coloured_on_a_terminal(lenet: Run, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    done = lenet("parity", tiny_bundle.path, "--variants", "eager/torch-cpu/fp32", "--batch", "1")
+    assert (done.code, done.err) == (0, "")
+    assert "verdict: \x1b[32m" in done.out
 
 
 def test_the_demo_goes_the_whole_way_and_replaces_an_earlier_one(

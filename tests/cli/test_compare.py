@@ -13,7 +13,8 @@ import pytest
 from lenet_deploy.cli import build
 from lenet_deploy.cli.errors import run
 
-from lenet_deploy.records import BenchReport, Environment, Measurement, ParityReport, Visit
+from lenet_deploy.bench_records import BenchReport, Measurement, Visit
+from lenet_deploy.records import Environment, ParityReport
 from lenet_deploy.store import bench_json, parity_json
 
 MACHINE = Environment("Linux-6.1-x86_64", "3.11.7", "A CPU", 2, 2, None, None, {"torch": "2.15.0"}, None)
@@ -149,9 +150,9 @@ def test_unlike_machines_exit_2_unless_ratios_are_asked_for(compare: Compare) ->
         (".", ".: a folder"),
         ("truncated.json", "truncated.json: not valid JSON"),
         ("text.json", "text.json: not valid JSON"),
-        ("list.json", "list.json: schema is None"),
+        ("list.json", "list.json: not a result of lenet-deploy bench"),
         ("parity.json", "parity.json: schema is 'lenet-deploy/parity/1'"),
-        ("hollow.json", "hollow.json: not what bench wrote"),
+        ("hollow.json", "hollow.json: not what bench wrote: it has no environment"),
         ("negative.json", "not numbers above 0"),
         ("another.json", "nothing to compare"),
     ],
@@ -198,7 +199,7 @@ def test_a_file_against_itself_is_said(compare: Compare) -> None:
 def test_a_result_of_version_1_is_read_and_inconclusive(compare: Compare) -> None:
     code, out, _ = compare(str(OLD), str(OLD))
     assert code == 4
-    assert out.count("base has 1 visit, 6 are needed") == 2
+    assert out.count("base has 1 visit, 6 are needed; head has 1 visit, 6 are needed: all 2 rows") == 1
 
 
 def test_the_installed_command_compares_and_exits_as_documented(cli: Any, folder: Path) -> None:
