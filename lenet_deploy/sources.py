@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lenet_deploy.bundle import Bundle
     from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.data import Dataset
+    from lenet_deploy.foreign import Scaling
     from lenet_deploy.runtimes import Session
 
 
@@ -37,31 +38,65 @@ class Source:
     read: Callable[[Variant], bytes]
 
 
-def load(what: str | Path, *, model: str | None = None, settings: Mapping[str, str] | None = None, seed: int = 0) -> Checkpoint:
-    """A checkpoint from a registered model name, a checkpoint file, a foreign state_dict or a bundle folder.
+def load(
+    what: str | Path,
+    *,
+    model: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    seed: int = 0,
+    pooling: str | None = None,
+    activation: str | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> Checkpoint:
+    """A checkpoint from a registered model name, a checkpoint file, a bundle folder, or weights that others trained.
 
     Args:
-        what: name or path. A registered name gives freshly initialised weights.
-        model: which registered model a bare state_dict is; None tries each.
-        settings: `KEY=VALUE` config settings, for a name or a bare state_dict.
+        what: name or path. A registered name gives freshly initialised weights. Foreign weights are a LeNet-5 under any names, in
+            safetensors, as a state_dict or in a `.npz`; `Checkpoint.origin` says what was inferred and what was assumed.
+        model: which registered model's defaults are assumed for foreign weights; None goes by their tensors.
+        settings: `KEY=VALUE` config settings, for a name or foreign weights.
         seed: of freshly initialised weights.
+        pooling, activation: what shapes do not say; the same as in `settings`.
+        mean, std: of pixels from 0 to 1, for foreign weights; one number for all channels, or one a channel.
 
     Raises:
-        BadInput: nothing of that name, or a config, file or digest that is wrong (see its subclasses).
+        BadInput: nothing of that name, or a config, file or digest that is wrong (see its subclasses); or an argument without effect.
     """
     from lenet_deploy import checkpoint
     from lenet_deploy.bundle import open_bundle
 
+    given, scaling = said(settings, pooling, activation), scaling_of(mean, std)
     if str(what) in (entry.name for entry in MODELS):
-        return checkpoint.fresh(find_model(str(what)), settings or {}, seed)
-    path = _path(what)
+        if scaling or model:
+            raise BadInput(f"{what}: --model, --mean and --std are for weights that others trained; leave them out")
+        return checkpoint.fresh(find_model(str(what)), given, seed)
+    path = existing(what)
     if path.is_dir():
-        if settings or model:
-            raise BadInput(f"{path}: a bundle carries its own model and config; leave out --model and --set")
+        if given or model or scaling:
+            raise BadInput(f"{path}: a bundle carries its own model and config; leave out {checkpoint.CARRIED}")
         return bundle_checkpoint(open_bundle(path))
-    if not path.exists() and path.name == str(what) and not path.suffix:
-        find_model(str(what))  # a bare word is most likely a mistyped name: this raises with the nearest ones
-    return checkpoint.load(path, model, settings)
+    return checkpoint.load(path, model, given, scaling)
+
+
+def said(settings: Mapping[str, str] | None, pooling: str | None, activation: str | None) -> dict[str, str]:
+    """The settings with pooling and activation among them; raises BadInput where one is said twice."""
+    named = {key: value for key, value in (("pooling", pooling), ("activation", activation)) if value is not None}
+    twice = named.keys() & (settings or {}).keys()
+    if twice:
+        raise BadInput(f"{', '.join(sorted(twice))} is given twice, by --set and by its own option; leave one out")
+    return {**(settings or {}), **named}
+
+
+def scaling_of(mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Scaling | None:
+    """The scaling of pixels, or None where neither is given; raises BadInput where one is, or for impossible numbers."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise BadInput("--mean and --std go together: a pixel from 0 to 1 becomes (pixel - mean) / std; give both")
+    from lenet_deploy.foreign import Scaling
+
+    return Scaling(*((float(each),) if isinstance(each, (int, float)) else tuple(map(float, each)) for each in (mean, std)))
 
 
 def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Source:
@@ -142,6 +177,14 @@ def bundle_source(bundle: Bundle, only: Artifact | None = None) -> Source:
     runs = tuple(v for v in VARIANTS if v.artifact.name in held and (only is None or v.options == PLAIN))
     where = f"{bundle.path / only.path}" if only else f"{bundle.path} (bundle)"
     return Source(where, bundle.metadata, runs, lambda variant: bundle.read(artifact_of(bundle, variant)))
+
+
+def existing(what: str | Path) -> Path:
+    """WHAT as a path; a bare word that names no file is most likely a mistyped model, which UnknownName says."""
+    path = _path(what)
+    if not path.exists() and path.name == str(what) and not path.suffix:
+        find_model(str(what))
+    return path
 
 
 def _path(what: str | Path) -> Path:
