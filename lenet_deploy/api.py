@@ -1,4 +1,4 @@
-"""The public functions: load, export (export + parity + publish), check_parity, benchmark; load_test, trace, evaluate, predict and doctor.
+"""The public functions: load, probe, export (export + parity + publish), check_parity, benchmark; load_test, trace, evaluate, and so on.
 
 Importing this module imports no torch; the functions import what they need.
 """
@@ -16,6 +16,7 @@ from lenet_deploy.bench.direct import load_test, trace
 from lenet_deploy.bench.run import benchmark, sizes_of
 from lenet_deploy.errors import BadInput, GateFailed, first_line
 from lenet_deploy.evaluation import evaluate, predict
+from lenet_deploy.probe import probe
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "load_test",
     "predict",
+    "probe",
     "trace",
 ]
 

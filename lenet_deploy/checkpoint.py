@@ -21,7 +21,7 @@ from torch import nn
 from lenet_deploy import foreign
 from lenet_deploy.data import make_preprocessing
 from lenet_deploy.errors import BadInput, DamagedFile, LenetDeployError
-from lenet_deploy.foreign import Adopted, Scaling
+from lenet_deploy.foreign import Adopted, Pixels
 from lenet_deploy.models import MODELS, Model, find_model, initialise
 from lenet_deploy.models.config import LeNet5Config, ModelConfig
 from lenet_deploy.records import ArtifactMetadata, Preprocessing
@@ -29,7 +29,7 @@ from lenet_deploy.state_dicts import is_state_dict, read_state_dict, without_pre
 from lenet_deploy.store import digest, read_file
 
 METADATA_KEY = "lenet_deploy"
-CARRIED = "--model, --set, --pooling, --activation, --mean and --std"  # what a file that says all of it takes from nobody
+CARRIED = "--model, --set, --pooling, --activation, --mean, --std and --border"  # what a file that says all of it takes from nobody
 SCHEMA = "lenet-deploy/checkpoint/1"
 
 
@@ -106,29 +106,29 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     return safetensors.torch.save(dict(checkpoint.weights), metadata={METADATA_KEY: text})
 
 
-def load(path: Path, model: str | None = None, settings: Mapping[str, str] | None = None, scaling: Scaling | None = None) -> Checkpoint:
+def load(path: Path, model: str | None = None, settings: Mapping[str, str] | None = None, pixels: Pixels | None = None) -> Checkpoint:
     """Read a checkpoint, or foreign weights (safetensors, a state_dict, `.npz`); nothing in it is executed.
 
     Args:
         model: registered name for a file that does not say what it is; None goes by its tensors.
         settings: `KEY=VALUE` config settings for such a file.
-        scaling: of such a file's pixels; None is the model's own.
+        pixels: what is said of its input; None is the model's own.
 
     Raises:
         BadInput: absent or unreadable; or its tensors fit no model asked for.
         DamagedFile: truncated, altered, of another kind, or needing to run code to load.
     """
-    return from_bytes(read_file(path, "a checkpoint"), str(path), model, settings, scaling)
+    return from_bytes(read_file(path, "a checkpoint"), str(path), model, settings, pixels)
 
 
 def from_bytes(
-    data: bytes, where: str, model: str | None = None, settings: Mapping[str, str] | None = None, scaling: Scaling | None = None
+    data: bytes, where: str, model: str | None = None, settings: Mapping[str, str] | None = None, pixels: Pixels | None = None
 ) -> Checkpoint:
     """As `load`, from bytes already read; `where` names them in messages."""
     tensors, metadata, notes = _opened(data, where)
     if metadata is None:
-        return foreign_checkpoint(_recognised(tensors, where, model, settings or {}, notes), scaling)
-    if settings or model or scaling:
+        return foreign_checkpoint(_recognised(tensors, where, model, settings or {}, notes), pixels)
+    if settings or model or pixels:
         raise BadInput(f"{where}: this checkpoint carries its own model and config; leave out {CARRIED}")
     return _decode(metadata, tensors, where)
 
@@ -141,13 +141,13 @@ def recognise(path: Path, model: str | None = None, settings: Mapping[str, str] 
     return _recognised(tensors, str(path), model, settings or {}, notes)
 
 
-def foreign_checkpoint(adopted: Adopted, scaling: Scaling | None = None) -> Checkpoint:
+def foreign_checkpoint(adopted: Adopted, pixels: Pixels | None = None) -> Checkpoint:
     """A checkpoint of foreign weights with the first of its configurations; its provenance says what was inferred and assumed."""
     model, config = find_model(adopted.model), adopted.configs[0]
     preprocessing = make_preprocessing(config.in_channels, config.image_size, model.pixel_range)
-    preprocessing = scaling.applied(preprocessing) if scaling else preprocessing
+    preprocessing = pixels.applied(preprocessing) if pixels else preprocessing
     assumed = [f"{key} {getattr(config, key)}" for key in adopted.left_open]
-    if not scaling:
+    if not (pixels and pixels.mean):
         assumed.append(f"pixels from {model.pixel_range[0]:g} to {model.pixel_range[1]:g}")
     provenance = {"source": "weights without metadata", "inferred": list(adopted.inferred), "assumed": assumed}
     return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), provenance, _plain(adopted.weights))

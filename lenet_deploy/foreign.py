@@ -35,33 +35,42 @@ NO_BIAS = re.compile(r"weight|kernel|scale|gamma|norm|slope|alpha", re.IGNORECAS
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """What a pixel from 0 to 1 becomes: `(pixel - mean) / std`, one number each for all channels or one a channel.
+class Pixels:
+    """What is said of how an image becomes the input of foreign weights; None is not said.
+
+    Attributes:
+        mean, std: a pixel from 0 to 1 becomes `(pixel - mean) / std`; one number for all channels, or one a channel.
+        border: black pixels on each side that fill the input, in place of scaling the image up.
 
     Raises:
-        BadInput: a mean that is no pixel's value, or a deviation that is not positive or is far beyond a pixel's.
+        BadInput: numbers that cannot be meant.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    border: int | None = None
 
     def __post_init__(self) -> None:
-        if not all(0 <= value <= 1 for value in self.mean):
-            raise BadInput(f"mean {_listed(self.mean)} is beyond pixels from 0 to 1; divide by 255 what was measured from 0 to 255")
-        if not all(0 < value <= MAX_STD for value in self.std):
-            raise BadInput(f"std {_listed(self.std)} is not above 0 and at most {MAX_STD:g}, for pixels from 0 to 1; divide by 255")
+        if (self.mean is None) != (self.std is None):
+            raise BadInput("--mean and --std go together: a pixel from 0 to 1 becomes (pixel - mean) / std; give both or none")
+        if not all(0 <= value <= 1 for value in self.mean or ()):
+            raise BadInput(f"mean {listed(self.mean or ())} is beyond pixels from 0 to 1; divide by 255 what is measured from 0 to 255")
+        if not all(0 < value <= MAX_STD for value in self.std or ()):
+            raise BadInput(f"std {listed(self.std or ())} is not above 0 and at most {MAX_STD:g}, for pixels from 0 to 1; divide it by 255")
 
     def applied(self, preprocessing: Preprocessing) -> Preprocessing:
-        """The preprocessing with this scaling; raises BadInput for another number of channels."""
-        channels = preprocessing.channels
+        """The preprocessing with what is said; raises BadInput for another number of channels, or a border that leaves no image."""
+        channels, border = preprocessing.channels, preprocessing.padding if self.border is None else self.border
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, channels):
-                raise BadInput(f"{name} {_listed(values)} has {len(values)} numbers for {channels} channel{'s' * (channels > 1)}")
-        each = channels // len(self.mean), channels // len(self.std)
-        return dataclasses.replace(preprocessing, mean=self.mean * each[0], std=self.std * each[1])
-
-    def __str__(self) -> str:
-        return f"mean {_listed(self.mean)}, std {_listed(self.std)}"
+            if values is not None and len(values) not in (1, channels):
+                raise BadInput(f"{name} {listed(values)} is {len(values)} numbers, for {channels} channel{'s' * (channels > 1)}")
+        if not 0 <= 2 * border < preprocessing.size:
+            raise BadInput(f"border is {border}; it must be at least 0 and leave some of the input's {preprocessing.size} pixels")
+        mean, std = (
+            values if each is None else each * (channels // len(each))
+            for each, values in ((self.mean, preprocessing.mean), (self.std, preprocessing.std))
+        )
+        return Preprocessing(channels, preprocessing.size - 2 * border, border, mean, std)
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +288,8 @@ def _sizes(side: int, in_channels: int, settings: Mapping[str, str], where: str)
     return tuple(common if in_channels == 1 else reversed(common))  # digits are of 28x28, photographs of 32x32
 
 
-def _listed(values: Sequence[float]) -> str:
+def listed(values: Sequence[float]) -> str:
+    """Numbers as they are typed."""
     return ",".join(f"{value:g}" for value in values)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lenet_deploy.bundle import Bundle
     from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.data import Dataset
-    from lenet_deploy.foreign import Scaling
+    from lenet_deploy.foreign import Pixels
     from lenet_deploy.runtimes import Session
 
 
@@ -48,6 +48,7 @@ def load(
     activation: str | None = None,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    border: int | None = None,
 ) -> Checkpoint:
     """A checkpoint from a registered model name, a checkpoint file, a bundle folder, or weights that others trained.
 
@@ -59,6 +60,7 @@ def load(
         seed: of freshly initialised weights.
         pooling, activation: what shapes do not say; the same as in `settings`.
         mean, std: of pixels from 0 to 1, for foreign weights; one number for all channels, or one a channel.
+        border: black pixels on each side that fill the input of foreign weights, in place of scaling the image up.
 
     Raises:
         BadInput: nothing of that name, or a config, file or digest that is wrong (see its subclasses); or an argument without effect.
@@ -66,17 +68,17 @@ def load(
     from lenet_deploy import checkpoint
     from lenet_deploy.bundle import open_bundle
 
-    given, scaling = said(settings, pooling, activation), scaling_of(mean, std)
+    given, pixels = said(settings, pooling, activation), pixels_of(mean, std, border)
     if str(what) in (entry.name for entry in MODELS):
-        if scaling or model:
-            raise BadInput(f"{what}: --model, --mean and --std are for weights that others trained; leave them out")
+        if pixels or model:
+            raise BadInput(f"{what}: --model, --mean, --std and --border are for weights that others trained; leave them out")
         return checkpoint.fresh(find_model(str(what)), given, seed)
     path = existing(what)
     if path.is_dir():
-        if given or model or scaling:
+        if given or model or pixels:
             raise BadInput(f"{path}: a bundle carries its own model and config; leave out {checkpoint.CARRIED}")
         return bundle_checkpoint(open_bundle(path))
-    return checkpoint.load(path, model, given, scaling)
+    return checkpoint.load(path, model, given, pixels)
 
 
 def said(settings: Mapping[str, str] | None, pooling: str | None, activation: str | None) -> dict[str, str]:
@@ -88,15 +90,14 @@ def said(settings: Mapping[str, str] | None, pooling: str | None, activation: st
     return {**(settings or {}), **named}
 
 
-def scaling_of(mean: float | Sequence[float] | None, std: float | Sequence[float] | None) -> Scaling | None:
-    """The scaling of pixels, or None where neither is given; raises BadInput where one is, or for impossible numbers."""
-    if mean is None and std is None:
+def pixels_of(mean: float | Sequence[float] | None, std: float | Sequence[float] | None, border: int | None) -> Pixels | None:
+    """What is said of the input, or None where nothing is; raises BadInput for numbers that cannot be meant."""
+    if mean is None and std is None and border is None:
         return None
-    if mean is None or std is None:
-        raise BadInput("--mean and --std go together: a pixel from 0 to 1 becomes (pixel - mean) / std; give both")
-    from lenet_deploy.foreign import Scaling
+    from lenet_deploy.foreign import Pixels
 
-    return Scaling(*((float(each),) if isinstance(each, (int, float)) else tuple(map(float, each)) for each in (mean, std)))
+    many = [None if each is None else (float(each),) if isinstance(each, (int, float)) else tuple(map(float, each)) for each in (mean, std)]
+    return Pixels(many[0], many[1], border)
 
 
 def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Source:
