@@ -6,6 +6,7 @@ How sure a winner has to be is in docs/decisions/0011-foreign-checkpoints.md.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def readings(adopted: Adopted, dataset: Dataset, pixels: Pixels | None) -> tuple
                     options.append(f"--mean {listed(scaling.mean)} --std {listed(scaling.std)}")
                 preprocessing = dataclasses.replace(scaling, border=border).applied(plain)
                 found.append(Reading(config, preprocessing, tuple(options)))
-    return tuple(found)
+    several = [len(set(column)) > 1 for column in zip(*(reading.options for reading in found), strict=True)]
+    return tuple(dataclasses.replace(reading, options=tuple(itertools.compress(reading.options, several))) for reading in found)
 
 
 def usual_scalings(dataset: Dataset, channels: int) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:

@@ -37,6 +37,13 @@ class Source:
     variants: tuple[Variant, ...]
     read: Callable[[Variant], bytes]
 
+    def origin(self) -> tuple[str, ...]:
+        """What was inferred and assumed of weights that others trained; empty where there is no checkpoint in it to say."""
+        from lenet_deploy import checkpoint
+
+        held = next((variant for variant in self.variants if variant.artifact == CHECKPOINT), None)
+        return checkpoint.from_bytes(self.read(held), self.described).origin if held else ()
+
 
 def load(
     what: str | Path,

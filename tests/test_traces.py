@@ -39,6 +39,7 @@ BEGINS = {"1998": [CONV, POOL, CONV, POOL, CONV, LINEAR, DIFFERENCE]}
 CONFIGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "grey": ("lenet5", {"in_channels": "1", "image_size": "28", "padding": "2"}),
     "colour": ("lenet5", {"image_size": "20", "channels": "10,6", "pooling": "max", "activation": "tanh"}),
+    "sigmoid": ("lenet5", {"in_channels": "1", "image_size": "20", "channels": "10,6", "activation": "sigmoid"}),
     "wide": ("lenet5-wide", {"image_size": "20"}),
     "1998": ("lenet5-1998", {}),
 }
