@@ -3,8 +3,8 @@
 Importing this package imports no torch, onnx, onnxruntime or numpy; the functions import what they need.
 """
 
-from lenet_deploy.api import ExportReport, ParityFailed, benchmark, check_parity, export
-from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, LenetDeployError, Unusable
+from lenet_deploy.api import ExportReport, ParityFailed, benchmark, check_parity, export, probe
+from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, Inconclusive, LenetDeployError, Unusable
 from lenet_deploy.records import BenchReport, Environment, Failure, Measurement, ParityReport, ParityResult
 from lenet_deploy.sources import load
 
@@ -18,6 +18,7 @@ __all__ = [
     "ExportReport",
     "Failure",
     "GateFailed",
+    "Inconclusive",
     "LenetDeployError",
     "Measurement",
     "ParityFailed",
@@ -29,4 +30,5 @@ __all__ = [
     "check_parity",
     "export",
     "load",
+    "probe",
 ]

@@ -16,7 +16,7 @@ from lenet_deploy.bench.direct import load_test, trace
 from lenet_deploy.bench.run import benchmark, sizes_of
 from lenet_deploy.errors import BadInput, GateFailed, first_line
 from lenet_deploy.evaluation import evaluate, predict
-from lenet_deploy.probe import probe
+from lenet_deploy.probing import probe
 from lenet_deploy.records import (
     AccuracyRow,
     Artifact,

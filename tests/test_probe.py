@@ -18,7 +18,7 @@ from lenet_deploy.data import Dataset
 from lenet_deploy.errors import BadInput, Inconclusive
 from lenet_deploy.models import initialise
 from lenet_deploy.models.config import ACTIVATIONS, POOLINGS, LeNet5Config
-from lenet_deploy.probe import FIRST, Reading, probe, race, readings, usual_scalings, verdict
+from lenet_deploy.probing import FIRST, Reading, probe, race, readings, usual_scalings, verdict
 from lenet_deploy.records import Preprocessing
 
 TRAINED = {"in_channels": "1", "image_size": "20", "channels": "6,10", "hidden": "24,16", "pooling": "max", "activation": "tanh"}
