@@ -35,6 +35,7 @@ CONFIGS = (
     ("lenet5", {"in_channels": "1", "image_size": "28", "padding": "2"}),
     ("lenet5", {}),
     ("lenet5", {"pooling": "max", "activation": "tanh"}),
+    ("lenet5", {"activation": "sigmoid"}),
     ("lenet5", {"in_channels": "1", "channels": "4,8", "hidden": "32,16", "image_size": "28"}),
     ("lenet5-wide", {}),
     ("lenet5-1998", {}),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lenet_deploy.models import MODELS
+from lenet_deploy.models.config import ACTIVATIONS, POOLINGS
 from lenet_deploy.variants import FORMATS, PRECISIONS
 from lenet_deploy.zoo import DEFAULT, names
 
-from .options import DataDir, Device, Download, OptionalData, Quiet, Seed, Set, What, dataset, settings, words
+from .options import DataDir, Device, Download, OptionalData, Quiet, Seed, Set, What, dataset, decimals, settings, words
 from .output import emit, note, progress
 
 
@@ -22,8 +24,20 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 18,
     out: Annotated[Path | None, typer.Option(help="The bundle's folder. Default: ./NAME")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that stands there.")] = False,
-    model: Annotated[str | None, typer.Option(help="Which model a bare state_dict is. Default: the first that fits.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which model foreign weights are. Default: by their tensors.")] = None,
     set_: Set = None,
+    pooling: Annotated[str | None, typer.Option(help=f"{', '.join(POOLINGS)}, which foreign weights do not say.")] = None,
+    activation: Annotated[str | None, typer.Option(help=f"{', '.join(ACTIVATIONS)}, which foreign weights do not say.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="X,...", help="Of pixels from 0 to 1, for foreign weights; one, or one a channel.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="X,...", help="Likewise: the input is (pixel - mean) / std.")] = None,
+    border: Annotated[
+        int | None, typer.Option(help="Black pixels that fill foreign weights' input, where small images are not scaled.")
+    ] = None,
+    probe: Annotated[
+        str | None, typer.Option(metavar="D", help="Find out on these images what of the foregoing is not given; exit 4 where unclear.")
+    ] = None,
     seed: Seed = 0,
     data: OptionalData = None,
     data_dir: DataDir = None,
@@ -36,8 +50,22 @@ def export(
     from lenet_deploy.report.table import to_text
     from lenet_deploy.report.tables import artifact_table, parity_table
 
-    checkpoint = api.load(what, model=model, settings=settings(set_), seed=seed)
+    probed_on = dataset(probe, data_dir, download) if probe is not None else None
+    images = dataset(data, data_dir, download) if data is not None or probed_on is None else probed_on
+    with progress(quiet) as show:
+        loading = partial(api.load, what, seed=seed) if probed_on is None else partial(api.probe, what, probed_on, progress=show)
+        checkpoint = loading(
+            model=model,
+            settings=settings(set_),
+            pooling=pooling,
+            activation=activation,
+            mean=decimals(mean, "--mean"),
+            std=decimals(std, "--std"),
+            border=border,
+        )
     note(f"{what}: {checkpoint.provenance.get('source', 'a checkpoint')}", quiet)
+    for line in checkpoint.origin:
+        note(line, quiet)
     with progress(quiet) as show:
         try:
             report = api.export(
@@ -48,7 +76,7 @@ def export(
                 opset=opset,
                 force=force,
                 device=device,
-                dataset=dataset(data, data_dir, download),
+                dataset=images,
                 progress=show,
             )
         except api.ParityFailed as error:

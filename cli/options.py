@@ -86,6 +86,16 @@ def refuse(what: str, options: Mapping[str, object]) -> None:
         raise BadInput(f"{', '.join(given)} cannot be used with {what}; leave {'them' if len(given) > 1 else 'it'} out")
 
 
+def decimals(text: str | None, option: str) -> tuple[float, ...] | None:
+    """The numbers of `0.5,0.5,0.5`, or None for None; raises BadInput."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in words(text))
+    except ValueError:
+        raise BadInput(f"{option} {text!r} is not one number, or one a channel separated by commas") from None
+
+
 def settings(given: list[str] | None, option: str = "--set") -> dict[str, str]:
     """`KEY=VALUE` options by key; raises BadInput."""
     found = {}

@@ -3,9 +3,9 @@
 Importing this package imports no torch, onnx, onnxruntime or numpy; the functions import what they need.
 """
 
-from lenet_deploy.api import ExportReport, ParityFailed, benchmark, check_pair, check_parity, export
+from lenet_deploy.api import ExportReport, ParityFailed, benchmark, check_pair, check_parity, export, probe
 from lenet_deploy.bench_records import BenchReport, Measurement
-from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, LenetDeployError, Unusable
+from lenet_deploy.errors import BadInput, CannotWrite, GateFailed, Inconclusive, LenetDeployError, Unusable
 from lenet_deploy.records import Environment, Failure, ParityReport, ParityResult
 from lenet_deploy.sources import load
 
@@ -19,6 +19,7 @@ __all__ = [
     "ExportReport",
     "Failure",
     "GateFailed",
+    "Inconclusive",
     "LenetDeployError",
     "Measurement",
     "ParityFailed",
@@ -31,4 +32,5 @@ __all__ = [
     "check_parity",
     "export",
     "load",
+    "probe",
 ]

@@ -1,4 +1,4 @@
-"""The public functions: load, export (export + parity + publish), check_parity and check_pair, benchmark and the others beside it.
+"""The public functions: load, probe, export (export + parity + publish), check_parity and check_pair, benchmark and those beside it.
 
 Importing this module imports no torch; the functions import what they need.
 """
@@ -17,6 +17,7 @@ from lenet_deploy.bench.run import benchmark, sizes_of
 from lenet_deploy.errors import BadInput, GateFailed, first_line
 from lenet_deploy.evaluation import evaluate, predict
 from lenet_deploy.pairing import check_pair
+from lenet_deploy.probing import probe
 from lenet_deploy.records import AccuracyRow, Artifact, Failure, ParityReport, ParityResult, RuntimeStatus
 from lenet_deploy.sources import (
     artifact_of,
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "load_test",
     "predict",
+    "probe",
     "trace",
 ]
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import math
-import pickle
-import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,16 +20,16 @@ from torch import nn
 
 from lenet_deploy import foreign
 from lenet_deploy.data import make_preprocessing
-from lenet_deploy.errors import BadInput, DamagedFile, InvalidConfig, LenetDeployError, first_line
+from lenet_deploy.errors import BadInput, DamagedFile, LenetDeployError
+from lenet_deploy.foreign import Adopted, Pixels
 from lenet_deploy.models import MODELS, Model, find_model, initialise
-from lenet_deploy.models.config import ModelConfig
+from lenet_deploy.models.config import LeNet5Config, ModelConfig
 from lenet_deploy.records import ArtifactMetadata, Preprocessing
-from lenet_deploy.store import check_zip, digest, read_file
+from lenet_deploy.state_dicts import is_state_dict, read_state_dict, without_prefix
+from lenet_deploy.store import digest, read_file
 
 METADATA_KEY = "lenet_deploy"
-FOREIGN = "lenet5"  # what tensors under other names are recognised as
-UNSCALED = "pixels from 0 to 1, with no mean and deviation"
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")  # where others keep the tensors in what they save
+CARRIED = "--model, --set, --pooling, --activation, --mean, --std and --border"  # what a file that says all of it takes from nobody
 SCHEMA = "lenet-deploy/checkpoint/1"
 
 
@@ -66,6 +63,12 @@ class Checkpoint:
     def dataset(self) -> str | None:
         """Name of the data set it was trained on, where known."""
         return self.provenance.get("dataset")
+
+    @property
+    def origin(self) -> tuple[str, ...]:
+        """What was inferred, assumed and probed of weights that came without metadata, one line each."""
+        found = [(word, self.provenance.get(word)) for word in ("inferred", "assumed", "probed")]
+        return tuple(f"{word}: {line}" for word, lines in found if isinstance(lines, list) for line in lines)
 
     def metadata(self) -> ArtifactMetadata:
         """What each artifact made from this checkpoint carries."""
@@ -103,43 +106,51 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
     return safetensors.torch.save(dict(checkpoint.weights), metadata={METADATA_KEY: text})
 
 
-def load(path: Path, model: str | None = None, settings: Mapping[str, str] | None = None) -> Checkpoint:
-    """Read a checkpoint, or a foreign state_dict (`.safetensors`, `.pt`, `.pth`); nothing in it is executed.
+def load(path: Path, model: str | None = None, settings: Mapping[str, str] | None = None, pixels: Pixels | None = None) -> Checkpoint:
+    """Read a checkpoint, or foreign weights (safetensors, a state_dict, `.npz`); nothing in it is executed.
 
     Args:
-        model: registered name for a file that does not say what it is; None tries each.
+        model: registered name for a file that does not say what it is; None goes by its tensors.
         settings: `KEY=VALUE` config settings for such a file.
+        pixels: what is said of its input; None is the model's own.
 
     Raises:
         BadInput: absent or unreadable; or its tensors fit no model asked for.
         DamagedFile: truncated, altered, of another kind, or needing to run code to load.
     """
-    return from_bytes(read_file(path, "a checkpoint"), str(path), model, settings or {})
+    return from_bytes(read_file(path, "a checkpoint"), str(path), model, settings, pixels)
 
 
-def from_bytes(data: bytes, where: str, model: str | None = None, settings: Mapping[str, str] | None = None) -> Checkpoint:
+def from_bytes(
+    data: bytes, where: str, model: str | None = None, settings: Mapping[str, str] | None = None, pixels: Pixels | None = None
+) -> Checkpoint:
     """As `load`, from bytes already read; `where` names them in messages."""
-    if not data:
-        raise DamagedFile(f"{where}: the file is empty")
-    if is_torchscript(data):
-        raise DamagedFile(f"{where}: a TorchScript archive, not a checkpoint; predict, evaluate and inspect take it, export needs weights")
-    if _is_npz(data):
-        return _adopt(_arrays(data, where), where, model, settings or {})
-    if _is_pickle(data):
-        return _adopt(_state_dict(data, where), where, model, settings or {})
-    try:
-        weights = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DamagedFile(f"{where}: not a readable safetensors file ({error}); it is truncated, altered or of another kind") from None
-    metadata = header_metadata(data)
-    text = metadata.get(METADATA_KEY)
-    if text is None and any(SCHEMA in value for value in metadata.values()):
-        raise DamagedFile(f"{where}: a checkpoint whose metadata has lost its name; the file was altered, get a fresh copy")
-    if text is None:
-        return _adopt(weights, where, model, settings or {})
-    if settings or model:
-        raise BadInput(f"{where}: this checkpoint carries its own model and config; leave out --model and --set")
-    return _decode(text, weights, where)
+    tensors, metadata, notes = _opened(data, where)
+    if metadata is None:
+        return foreign_checkpoint(_recognised(tensors, where, model, settings or {}, notes), pixels)
+    if settings or model or pixels:
+        raise BadInput(f"{where}: this checkpoint carries its own model and config; leave out {CARRIED}")
+    return _decode(metadata, tensors, where)
+
+
+def recognise(path: Path, model: str | None = None, settings: Mapping[str, str] | None = None) -> Adopted:
+    """What `load` makes of foreign weights before it assumes anything; raises as `load`, and BadInput for a checkpoint."""
+    tensors, metadata, notes = _opened(read_file(path, "foreign weights"), str(path))
+    if metadata is not None:
+        raise BadInput(f"{path}: this checkpoint carries its own model and config, so that nothing is open; leave out --probe")
+    return _recognised(tensors, str(path), model, settings or {}, notes)
+
+
+def foreign_checkpoint(adopted: Adopted, pixels: Pixels | None = None) -> Checkpoint:
+    """A checkpoint of foreign weights with the first of its configurations; its provenance says what was inferred and assumed."""
+    model, config = find_model(adopted.model), adopted.configs[0]
+    preprocessing = make_preprocessing(config.in_channels, config.image_size, model.pixel_range)
+    preprocessing = pixels.applied(preprocessing) if pixels else preprocessing
+    assumed = [f"{key} {getattr(config, key)}" for key in adopted.left_open]
+    if not (pixels and pixels.mean):
+        assumed.append(f"pixels from {model.pixel_range[0]:g} to {model.pixel_range[1]:g}")
+    provenance = {"source": "weights without metadata", "inferred": list(adopted.inferred), "assumed": assumed}
+    return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), provenance, _plain(adopted.weights))
 
 
 def metadata_from_json(values: Mapping[str, Any], where: str) -> ArtifactMetadata:
@@ -191,44 +202,42 @@ def _decode(text: str, weights: dict[str, torch.Tensor], where: str) -> Checkpoi
     return Checkpoint(metadata.model, config, metadata.preprocessing, metadata.labels, provenance, weights)
 
 
-def _adopt(weights: dict[str, torch.Tensor], where: str, name: str | None, settings: Mapping[str, str]) -> Checkpoint:
-    """A checkpoint from a bare state_dict: the first model whose names and shapes it has, or a LeNet-5 under other names."""
-    weights = _without_prefix(weights)
-    candidates = (find_model(name),) if name else MODELS
-    for model in candidates:
-        with contextlib.suppress(InvalidConfig, DamagedFile, BadInput):
+def _opened(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], str | None, tuple[str, ...]]:
+    """The tensors of a file, this project's metadata or None, and notes about where the tensors stood in it."""
+    if not data:
+        raise DamagedFile(f"{where}: the file is empty")
+    if is_torchscript(data):
+        raise DamagedFile(f"{where}: a TorchScript archive, not a checkpoint; predict, evaluate and inspect take it, export needs weights")
+    if is_state_dict(data):
+        tensors, notes = read_state_dict(data, where)
+        return tensors, None, notes
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DamagedFile(f"{where}: not a readable safetensors file ({error}); it is truncated, altered or of another kind") from None
+    metadata = header_metadata(data)
+    text = metadata.get(METADATA_KEY)
+    if text is None and any(SCHEMA in value for value in metadata.values()):
+        raise DamagedFile(f"{where}: a checkpoint whose metadata has lost its name; the file was altered, get a fresh copy")
+    return tensors, text, ()
+
+
+def _recognised(
+    tensors: Mapping[str, torch.Tensor], where: str, name: str | None, settings: Mapping[str, str], notes: tuple[str, ...]
+) -> Adopted:
+    """Foreign weights as a LeNet-5 under any names, or as a model with fixed tensors (`lenet5-1998`) under its own."""
+    weights, converted = foreign.plain(without_prefix(tensors), where)
+    for model in (find_model(name),) if name else MODELS:
+        if isinstance(model.defaults, LeNet5Config):
+            continue
+        fixed = [buffer for buffer, _ in initialise(model.name, model.defaults).named_buffers()]
+        if name or not weights.keys().isdisjoint(fixed):
             config = model.configured(settings)
-            _check_plain(weights, where)
             _check_fit(weights, model, config, where)
-            provenance = {"inferred": [f"{model.name}, by the names and shapes of its tensors"], "assumed": _assumed(model, settings)}
-            return _bare(model, config, weights, provenance)
-    if name and find_model(name).build is not find_model(FOREIGN).build:
-        model = find_model(name)
-        _check_plain(weights, where)
-        _check_fit(weights, model, model.configured(settings), where)
-    found = foreign.adopt(weights, where, settings)
-    model = find_model(name or FOREIGN)
-    return _bare(model, found.config, found.weights, {"inferred": list(found.inferred), "assumed": [*found.assumed, UNSCALED]})
-
-
-def _bare(model: Model, config: ModelConfig, weights: Mapping[str, torch.Tensor], provenance: Mapping[str, Any]) -> Checkpoint:
-    preprocessing = make_preprocessing(config.in_channels, config.image_size, model.pixel_range)
-    whole = {"source": "a state_dict without metadata", **provenance}
-    return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), whole, _plain(weights))
-
-
-def _assumed(model: Model, settings: Mapping[str, str]) -> list[str]:
-    named = [
-        f"{key} {getattr(model.defaults, key)}" for key in ("pooling", "activation") if hasattr(model.defaults, key) and key not in settings
-    ]
-    return [*named, UNSCALED if model.pixel_range == (0.0, 1.0) else f"pixels from {model.pixel_range[0]} to {model.pixel_range[1]}"]
-
-
-def _without_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without the part that all of them begin with, as wrappers leave it: `module.`, `_orig_mod.`, `model.`."""
-    while len({name.partition(".")[0] for name in weights}) == 1 and all(name.count(".") > 1 for name in weights):
-        weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
-    return weights
+            line = f"{model.name}, by the names and shapes of its tensors"
+            return Adopted(model.name, (config,), weights, (*notes, line, *converted), ())
+    found = foreign.adopt(weights, where, settings, name)
+    return dataclasses.replace(found, inferred=(*notes, *found.inferred, *converted))
 
 
 def _check_fit(weights: Mapping[str, torch.Tensor], model: Model, config: ModelConfig, where: str) -> None:
@@ -257,61 +266,6 @@ def _check_plain(weights: Mapping[str, torch.Tensor], where: str) -> None:
             raise DamagedFile(f"{where}: tensor {name} is {tensor.dtype}; convert it to torch.float32")
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise DamagedFile(f"{where}: tensor {name} is not a plain dense tensor; save tensor.to_dense().cpu()")
-
-
-def _state_dict(data: bytes, where: str) -> dict[str, torch.Tensor]:
-    if data[:2] == b"PK":
-        check_zip(data, where, "state_dict")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of unusual pickle protocols, which it then refuses or reads
-            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise DamagedFile(
-            f"{where}: it holds more than plain tensors, and reading it would run code; where you trust its origin, run there:\n"
-            f"  import torch\n"
-            f"  module = torch.load({Path(where).name!r}, weights_only=False)\n"
-            f"  torch.save(getattr(module, 'state_dict', lambda: module)(), 'weights.pt')"
-        ) from None
-    except Exception as error:  # damaged bytes make the restricted unpickler fail in every way there is
-        raise DamagedFile(f"{where}: not a readable state_dict ({first_line(error)}); it is truncated or altered") from None
-    for wrapper in WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()) or not loaded:
-        raise DamagedFile(f"{where}: not a state_dict (tensors by name); save model.state_dict()")
-    return {str(name): tensor for name, tensor in loaded.items()}
-
-
-def _is_npz(data: bytes) -> bool:
-    """Whether `data` is numpy's zip of arrays; torch's has other members."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = archive.namelist()
-    except Exception:  # a damaged archive; what reads it next has the words for it
-        return False
-    return bool(names) and all(name.endswith(".npy") for name in names)
-
-
-def _arrays(data: bytes, where: str) -> dict[str, torch.Tensor]:
-    import numpy as np
-
-    check_zip(data, where, ".npz")
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {name: torch.from_numpy(file[name]) for name in file.files}
-    except Exception as error:  # damaged bytes make numpy fail in every way there is, and it has dtypes that torch has not
-        raise DamagedFile(f"{where}: not a .npz of plain arrays ({first_line(error)}); it is damaged or holds other things") from None
-
-
-def _is_pickle(data: bytes) -> bool:
-    """torch.save writes a zip archive, older torch a bare pickle; a safetensors file starts with a small length."""
-    return data[:2] == b"PK" or (data[:1] == b"\x80" and data[1:2] < b"\x06" and not _plausible_header(data))
-
-
-def _plausible_header(data: bytes) -> bool:
-    length = int.from_bytes(data[:8], "little")
-    return 8 + length <= len(data) and data[8:9] == b"{"
 
 
 def is_torchscript(data: bytes) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lenet_deploy.bundle import Bundle
     from lenet_deploy.checkpoint import Checkpoint
     from lenet_deploy.data import Dataset
+    from lenet_deploy.foreign import Pixels
     from lenet_deploy.runtimes import Session
 
 
@@ -50,36 +51,78 @@ class Source:
         assert self.metadata is not None, "open_source refuses what carries none"
         return self.metadata
 
+    def origin(self) -> tuple[str, ...]:
+        """What was inferred and assumed of weights that others trained; empty where there is no checkpoint in it to say."""
+        from lenet_deploy import checkpoint
 
-def load(what: str | Path, *, model: str | None = None, settings: Mapping[str, str] | None = None, seed: int = 0) -> Checkpoint:
-    """A checkpoint from a registered model name, a name of the zoo, a checkpoint file, a foreign state_dict or a bundle folder.
+        held = next((variant for variant in self.variants if variant.artifact == CHECKPOINT), None)
+        return checkpoint.from_bytes(self.read(held), self.described).origin if held else ()
+
+
+def load(
+    what: str | Path,
+    *,
+    model: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    seed: int = 0,
+    pooling: str | None = None,
+    activation: str | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    border: int | None = None,
+) -> Checkpoint:
+    """A checkpoint from a registered model name, a name of the zoo, a checkpoint file, a bundle folder, or weights that others trained.
 
     Args:
-        what: name or path. A registered name gives freshly initialised weights.
-        model: which registered model a bare state_dict is; None tries each.
-        settings: `KEY=VALUE` config settings, for a name or a bare state_dict.
+        what: name or path. A registered name gives freshly initialised weights. Foreign weights are a LeNet-5 under any names, in
+            safetensors, as a state_dict or in a `.npz`; `Checkpoint.origin` says what was inferred and what was assumed.
+        model: which registered model's defaults are assumed for foreign weights; None goes by their tensors.
+        settings: `KEY=VALUE` config settings, for a name or foreign weights.
         seed: of freshly initialised weights.
+        pooling, activation: what shapes do not say; the same as in `settings`.
+        mean, std: of pixels from 0 to 1, for foreign weights; one number for all channels, or one a channel.
+        border: black pixels on each side that fill the input of foreign weights, in place of scaling the image up.
 
     Raises:
-        BadInput: nothing of that name, or a config, file or digest that is wrong (see its subclasses).
+        BadInput: nothing of that name, or a config, file or digest that is wrong (see its subclasses); or an argument without effect.
     """
     from lenet_deploy import checkpoint
     from lenet_deploy.bundle import open_bundle
 
+    given, pixels = said(settings, pooling, activation), pixels_of(mean, std, border)
     if str(what) in (entry.name for entry in MODELS):
-        return checkpoint.fresh(find_model(str(what)), settings or {}, seed)
+        if pixels or model:
+            raise BadInput(f"{what}: --model, --mean, --std and --border are for weights that others trained; leave them out")
+        return checkpoint.fresh(find_model(str(what)), given, seed)
     if str(what) in zoo.names():
-        if settings or model:
-            raise BadInput(f"{what}: it is trained, with its own model and config; leave out --model and --set")
+        if given or model or pixels:
+            raise BadInput(f"{what}: it is trained, with its own model and config; leave out {checkpoint.CARRIED}")
         return zoo.load(str(what))
-    path = _path(what)
+    path = existing(what)
     if path.is_dir():
-        if settings or model:
-            raise BadInput(f"{path}: a bundle carries its own model and config; leave out --model and --set")
+        if given or model or pixels:
+            raise BadInput(f"{path}: a bundle carries its own model and config; leave out {checkpoint.CARRIED}")
         return bundle_checkpoint(open_bundle(path))
-    if not path.exists() and path.name == str(what) and not path.suffix:
-        raise UnknownName("model", str(what), (*(entry.name for entry in MODELS), *zoo.names()))  # most likely a mistyped name
-    return checkpoint.load(path, model, settings)
+    return checkpoint.load(path, model, given, pixels)
+
+
+def said(settings: Mapping[str, str] | None, pooling: str | None, activation: str | None) -> dict[str, str]:
+    """The settings with pooling and activation among them; raises BadInput where one is said twice."""
+    named = {key: value for key, value in (("pooling", pooling), ("activation", activation)) if value is not None}
+    twice = named.keys() & (settings or {}).keys()
+    if twice:
+        raise BadInput(f"{', '.join(sorted(twice))} is given twice, by --set and by its own option; leave one out")
+    return {**(settings or {}), **named}
+
+
+def pixels_of(mean: float | Sequence[float] | None, std: float | Sequence[float] | None, border: int | None) -> Pixels | None:
+    """What is said of the input, or None where nothing is; raises BadInput for numbers that cannot be meant."""
+    if mean is None and std is None and border is None:
+        return None
+    from lenet_deploy.foreign import Pixels
+
+    many = [None if each is None else (float(each),) if isinstance(each, (int, float)) else tuple(map(float, each)) for each in (mean, std)]
+    return Pixels(many[0], many[1], border)
 
 
 def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, seed: int = 0) -> Source:
@@ -173,6 +216,14 @@ def bundle_source(bundle: Bundle, only: Artifact | None = None) -> Source:
         return bundle.read(artifact_of(bundle, variant))
 
     return Source(where, bundle.metadata, runs, read, bundle.metadata.preprocessing, accuracies=accuracies)
+
+
+def existing(what: str | Path) -> Path:
+    """WHAT as a path; a bare word that names no file is most likely a mistyped model, which UnknownName says."""
+    path = _path(what)
+    if not path.exists() and path.name == str(what) and not path.suffix:
+        raise UnknownName("model", str(what), (*(entry.name for entry in MODELS), *zoo.names()))
+    return path
 
 
 def _path(what: str | Path) -> Path:

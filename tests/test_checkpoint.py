@@ -158,7 +158,7 @@ def test_foreign_safetensors_without_metadata_load_as_a_state_dict(tmp_path: Pat
 
 def test_foreign_safetensors_of_another_network_are_refused_with_what_differs() -> None:
     data = safetensors.torch.save({"encoder.weight": torch.zeros(2, 2)})
-    with pytest.raises(DamagedFile, match=r"fit no model.*--model and --set.*encoder\.weight"):
+    with pytest.raises(DamagedFile, match=r"1 linear layers, where LeNet-5 has 2 and 3.*encoder\.weight"):
         from_bytes(data, "a file")
 
 
@@ -177,9 +177,8 @@ def test_a_foreign_state_dict_loads_by_model_and_settings(tmp_path: Path) -> Non
     path = tmp_path / "weights.pth"
     saved = fresh("lenet5", TINY)
     path.write_bytes(torch_saved(dict(saved.weights)))
-    with pytest.raises(DamagedFile, match=r"--model and --set"):
-        load(path)
-    found = load(path, "lenet5", TINY)
+    assert load(path).config == dataclasses.replace(saved.config, image_size=28, padding=2, pooling="avg"), "what shapes cannot say"
+    found = load(path, "lenet5", {**TINY, "image_size": "32"})
     assert found.config == saved.config
     assert found.metadata().weights_sha256 == saved.metadata().weights_sha256
 
@@ -241,7 +240,7 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(form: str, wrapped: bool, 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_whole_pickled_module_is_refused_with_the_way_out(zipped: bool) -> None:
-    with pytest.raises(DamagedFile, match=r"run code.*model\.state_dict\(\)"):
+    with pytest.raises(DamagedFile, match=r"(?s)run code.*model\.state_dict\(\)"):
         from_bytes(torch_saved(fresh().module(), zipped), "a file")
 
 
@@ -287,8 +286,13 @@ def unfit(change: str) -> Checkpoint:
     )
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "(11,)", "(10, 1)", "float16", "float64", "int64", "NaN", "infinity"])
-@pytest.mark.parametrize("foreign", [False, True], ids=["checkpoint", "state_dict"])
+UNFIT = ["missing", "unexpected", "(11,)", "(10, 1)", "int64", "NaN", "infinity"]
+
+
+@pytest.mark.parametrize(
+    ("change", "foreign"),  # a state_dict may hold other floating-point numbers
+    [*((change, foreign) for change in UNFIT for foreign in (False, True)), ("float16", False), ("float64", False)],
+)
 def test_tensors_that_do_not_fit_are_refused_and_named(change: str, foreign: bool) -> None:
     broken = unfit(change)
     data = torch_saved(dict(broken.weights)) if foreign else to_bytes(broken)

@@ -91,11 +91,12 @@ def test_each_variant_of_the_published_bundle_shows_its_layers_on_the_real_image
 HEALTHY = [
     ("lenet5-wide", {"image_size": "20"}),
     ("lenet5", {"pooling": "max", "activation": "tanh", "image_size": "20"}),
+    ("lenet5", {"activation": "sigmoid", "image_size": "20"}),
     ("lenet5-1998", {}),
 ]
 
 
-@pytest.mark.parametrize(("model", "settings"), HEALTHY, ids=[model for model, _ in HEALTHY])
+@pytest.mark.parametrize(("model", "settings"), HEALTHY, ids=[f"{model} {settings.get('activation', '')}" for model, settings in HEALTHY])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_layer_of_a_healthy_network_is_blamed_on_images_of_usual_size(
     model: str, settings: dict[str, str], seed: int, few: Dataset, faulty: Faulty

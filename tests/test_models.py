@@ -16,7 +16,7 @@ from torch.nn import functional
 from lenet_deploy import data
 from lenet_deploy.errors import InvalidConfig, UnknownName
 from lenet_deploy.models import MODELS, Model, find_model, initialise
-from lenet_deploy.models.config import C3_CONNECTIONS, MAX_SIDE, LeNet5Config, LeNet1998Config, ModelConfig
+from lenet_deploy.models.config import ACTIVATIONS, C3_CONNECTIONS, MAX_SIDE, LeNet5Config, LeNet1998Config, ModelConfig
 from lenet_deploy.models.layers import Layer, output_size
 from lenet_deploy.models.lenet5_1998 import LeNet1998, Subsampling, connection_mask, prototypes, squash
 from lenet_deploy.train import TrainConfig, train
@@ -155,7 +155,7 @@ def test_output_size_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_lenet5_is_its_layers_one_after_another(pooling: str, activation: str) -> None:
     module = initialise("lenet5", LeNet5Config(pooling=pooling, activation=activation))
     w, act = module.state_dict(), getattr(torch, activation)

@@ -32,6 +32,7 @@ PUBLIC = [
     "ExportReport",
     "Failure",
     "GateFailed",
+    "Inconclusive",
     "LenetDeployError",
     "Measurement",
     "ParityFailed",
@@ -44,6 +45,7 @@ PUBLIC = [
     "check_parity",
     "export",
     "load",
+    "probe",
 ]
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "torchvision", "safetensors", "PIL")
 # Heavy or optional packages and the only files that may import them, even inside a function.

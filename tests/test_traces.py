@@ -39,6 +39,7 @@ BEGINS = {"1998": [CONV, POOL, CONV, POOL, CONV, LINEAR, DIFFERENCE]}
 CONFIGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "grey": ("lenet5", {"in_channels": "1", "image_size": "28", "padding": "2"}),
     "colour": ("lenet5", {"image_size": "20", "channels": "10,6", "pooling": "max", "activation": "tanh"}),
+    "sigmoid": ("lenet5", {"in_channels": "1", "image_size": "20", "channels": "10,6", "activation": "sigmoid"}),
     "wide": ("lenet5-wide", {"image_size": "20"}),
     "1998": ("lenet5-1998", {}),
 }
@@ -179,7 +180,7 @@ def test_every_tensor_of_the_optimised_graph_is_one_of_the_graph_as_exported(mod
         # Some products are fused into one, so a tensor of the 1998 network's squashing may lie between two of the exported graph's.
         close = [torch.allclose(value, other, rtol=1e-5, atol=1e-5) for other in plain if other.shape == value.shape]
         assert any(close) or (model == "1998" and not tap.padded), tap.name
-    assert padded >= {"grey": 3, "colour": 1, "wide": 4, "1998": 3}[model], "blocked layouts are seen in plain ones"
+    assert padded >= {"grey": 3, "colour": 1, "sigmoid": 1, "wide": 4, "1998": 3}[model], "blocked layouts are seen in plain ones"
 
 
 def test_channels_that_fill_no_block_are_cut_from_the_padding(case: Cases) -> None:

@@ -13,7 +13,7 @@ from lenet_deploy.models.layers import Layer, convolution, linear, pool
 
 KERNEL = 5  # LeNet-5's one convolution size
 POOLINGS = ("avg", "max")
-ACTIVATIONS = ("relu", "tanh")
+ACTIVATIONS = ("relu", "tanh", "sigmoid")
 MAX_SIDE = 1024  # of anything a config counts: beyond it a LeNet is a typing mistake
 MAX_PARAMETERS = 100_000_000  # 400 MB in float32, so that a mistyped config is refused and not allocated
 
@@ -68,7 +68,7 @@ class LeNet5Config:
         hidden: features of fc1 and fc2.
         classes: number of scores.
         pooling: `avg` or `max`.
-        activation: `relu` or `tanh`.
+        activation: `relu`, `tanh` or `sigmoid`.
 
     Raises:
         InvalidConfig: a value is out of range or a layer's division is not exact.

@@ -23,7 +23,7 @@ from lenet_deploy.bundle import Bundle, open_bundle, write_manifest
 from lenet_deploy.checkpoint import Checkpoint, to_bytes
 from lenet_deploy.store import sha256
 
-MESSAGE_LINES = 3
+MESSAGE_LINES = 4  # the sentence and three lines of code that save a state_dict
 Snapshot = dict[str, bytes | None]
 
 
@@ -287,7 +287,7 @@ FILES = [
     ("inspect truncated.safetensors", "truncated.safetensors", "truncated"),
     ("export flipped.safetensors", "flipped.safetensors", "digest"),
     ("evaluate foreign.safetensors", "foreign.safetensors", "another kind"),
-    ("export misfit.pt", "misfit.pt", "--model and --set"),
+    ("export misfit.pt", "misfit.pt", "0 convolutions"),
     ("export payload.pt", "payload.pt", "would run code"),
     ("predict payload.pth image.png", "payload.pth", "error"),
     ("inspect module.pt", "module.pt", "model.state_dict()"),
