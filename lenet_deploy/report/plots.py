@@ -48,7 +48,7 @@ def write_plots(folder: Path, epochs: Sequence[EpochStats], checkpoint: Checkpoi
 def curves(figure: Any, epochs: Sequence[EpochStats]) -> Any:
     """Loss, accuracy on the test split, and learning rate over the epochs."""
     made = figure(figsize=(9, 3))
-    made.subplots_adjust(left=0.06, right=0.98, bottom=0.16, top=0.88, wspace=0.25)
+    made.subplots_adjust(left=0.06, right=0.98, bottom=0.16, top=0.88, wspace=0.35)
     numbers = [stats.epoch for stats in epochs]
     for axes, (title, values) in zip(
         made.subplots(1, 3),
@@ -95,7 +95,7 @@ def mistakes(figure: Any, shares: Tensor, dataset: Dataset, labels: Sequence[str
     surest = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
     made = figure(figsize=(8, 9))
     made.subplots_adjust(left=0.02, right=0.98, bottom=0.02, top=0.92)
-    made.suptitle(f"the surest of {len(wrong):,} mistakes: class, taken for, with what share")
+    made.suptitle(f"the {len(surest)} surest of {len(wrong):,} mistakes: class > prediction, its probability")
     side = 5
     for axes in (grid := made.subplots(side, side).flatten()):
         axes.axis("off")

@@ -21,13 +21,14 @@ import torch
 from lenet_deploy.cli import COMMANDS, build
 from lenet_deploy.cli.errors import run
 
-from lenet_deploy import __version__, api
+from lenet_deploy import __version__, api, zoo
 from lenet_deploy.bundle import Bundle, open_bundle
 from lenet_deploy.checkpoint import Checkpoint, load, to_bytes
 from lenet_deploy.data import Dataset, fit, normalise
 from lenet_deploy.errors import GateFailed
 from lenet_deploy.models import MODELS
 from lenet_deploy.variants import ARTIFACTS, DEVICES, RUNTIMES, TRACE, VARIANTS
+from lenet_deploy.zoo import DEFAULT
 
 CPU_VARIANTS = [variant.name for variant in VARIANTS if variant.device == "cpu"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two threads wait for each other four times as long where the cores are shared with other work
@@ -93,6 +94,32 @@ def test_export_publishes_says_what_is_exported_and_prints_both_tables(lenet: Ru
     assert all(f"{name}  " in done.out for name in CPU_VARIANTS)
     assert all(f"{artifact.path}  " in done.out for artifact in opened.manifest.artifacts)
     assert done.out.endswith("published bundle\n")
+
+
+def test_export_of_nothing_named_is_a_trained_network_of_the_zoo(lenet: Run, tmp_path: Path) -> None:
+    done = lenet("export", "--to", "torchscript", "--device", "cpu", "--quiet")
+    assert done.code == 0, done.err
+    published = open_bundle(tmp_path / DEFAULT)
+    assert published.metadata == zoo.load(DEFAULT).metadata()
+    assert done.out.endswith(f"published {DEFAULT}\n")
+    told = lenet("evaluate", DEFAULT, "--device", "cpu")
+    assert (told.code, told.err) == (0, f"{DEFAULT}: the model of that name, not what stands in this folder; for that say ./{DEFAULT}\n")
+
+
+def test_zoo_lists_what_comes_with_the_package_and_prints_cards(lenet: Run) -> None:
+    listed = lenet("zoo")
+    assert (listed.code, listed.err) == (0, "")
+    assert [line.split()[0] for line in listed.out.splitlines()[2:]] == list(zoo.names())
+    entries = lenet("zoo", "--json", "-").document["entries"]
+    assert [entry["name"] for entry in entries] == list(zoo.names())
+    assert all(entry["ci95"][0] < entry["accuracy"] < entry["ci95"][1] for entry in entries)
+    card = lenet("zoo", DEFAULT)
+    assert card.code == 0
+    assert card.out.startswith(f"# {DEFAULT}\n")
+    assert "Command: `lenet-deploy train" in card.out
+    wrong = lenet("zoo", "lenet5-mnits")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert f"did you mean {DEFAULT}" in wrong.err
 
 
 def test_export_to_one_format_holds_that_format_and_the_checkpoint(lenet: Run, tmp_path: Path) -> None:
