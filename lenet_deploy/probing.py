@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lenet_deploy import zoo
 from lenet_deploy.errors import BadInput, Inconclusive
 from lenet_deploy.models import MODELS, find_model
 from lenet_deploy.order_statistics import mcnemar_exact, wilson_ci95
@@ -98,9 +99,10 @@ def probe(
     from lenet_deploy import checkpoint
 
     given, pixels = said(settings, pooling, activation), pixels_of(mean, std, border)
-    path = existing(what)
-    if path.is_dir() or str(what) in (entry.name for entry in MODELS):
+    named = str(what) in (*(entry.name for entry in MODELS), *zoo.names())
+    if named or existing(what).is_dir():
         raise BadInput(f"{what}: --probe is for a file of weights that others trained; leave it out")
+    path = existing(what)
     adopted = checkpoint.recognise(path, model, given)
     classes = adopted.configs[0].classes
     if len(dataset.labels) > classes:

@@ -155,6 +155,18 @@ RECIPES: tuple[Recipe, ...] = (
             "fashion-mnist": {"crop": 1, "flip": True},
             "cifar10": {"batch_size": 256, "lr": 0.004, "crop": 1, "flip": True},
         },
+        # Four times the weights learn for longer: 25 epochs gave 79.1 %.
+        by_model={
+            ("lenet5-wide", "cifar10"): {
+                "epochs": 64,
+                "optimizer": "adamw",
+                "lr": 0.005,
+                "weight_decay": 0.1,
+                "label_smoothing": 0.1,
+                "crop": 2,
+                "channels_last": True,
+            }
+        },
     ),
     Recipe(
         "lecture",

@@ -133,8 +133,9 @@ IMPORTED = ("torch", "torch._dynamo", "lenet_deploy.cli.train", "lenet_deploy.tr
 
 def command_line(folder: Path, arguments: tuple[str, ...], largest_file: int | None) -> None:
     """`lenet-deploy ARGS...` in `folder`, in a process of its own; past `largest_file` bytes the disk is full."""
-    from lenet_deploy.cli import app
+    from lenet_deploy.cli import app, interrupts
 
+    interrupts.take_interrupts()  # as `app` does first of all
     os.chdir(folder)
     torch.set_num_threads(1)
     sys.modules["matplotlib"] = None  # type: ignore[assignment]  # as where the extra is not installed: pictures take longer than these runs
@@ -145,7 +146,11 @@ def command_line(folder: Path, arguments: tuple[str, ...], largest_file: int | N
         with Path(name).open("w") as file:
             os.dup2(file.fileno(), number)
     sys.argv = ["lenet-deploy", *arguments]
-    app()
+    try:
+        Path("at-work").touch()
+        app()
+    except KeyboardInterrupt:
+        sys.exit(interrupts.INTERRUPTED)
 
 
 def start(folder: Path, *arguments: str, largest_file: int | None = None) -> multiprocessing.process.BaseProcess:
@@ -189,10 +194,13 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(whole: Pat
             resumed = (folder / "run" / "last.ckpt").exists()
             process = start(folder, *(("--resume",) if resumed else ()))
             if kills < KILLS:
-                time.sleep(chance.uniform(0.1, 1.0) * usual)
+                while not (folder / "at-work").exists():
+                    time.sleep(0.001)
+                time.sleep(chance.uniform(0.0, 1.0) * usual)
                 with contextlib.suppress(ProcessLookupError):  # it has ended already
                     os.kill(process.pid or 0, chance.choice((signal.SIGKILL, signal.SIGINT)))
             code = ended(process)
+            (folder / "at-work").unlink()
             if code == 0:
                 break
             assert code in (-signal.SIGKILL, -signal.SIGINT, 130), (folder / "err.txt").read_text()

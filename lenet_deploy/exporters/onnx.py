@@ -85,6 +85,8 @@ def read_metadata(data: bytes, where: str) -> dict[str, Any] | None:
         values = json.loads(embedded.get(METADATA_KEY, "null"))
     except (DecodeError, ValueError) as error:
         raise DamagedFile(f"{where}: not a readable ONNX file ({error})") from None
+    if not model.HasField("graph"):  # nothing at all is a message, too
+        raise DamagedFile(f"{where}: not a readable ONNX file (it holds no graph)")
     if not isinstance(values, dict):
         return None
     if embedded.get(DIGEST_KEY) != content_digest(model, embedded[METADATA_KEY]):
