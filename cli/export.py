@@ -63,7 +63,9 @@ def export(
             std=decimals(std, "--std"),
             border=border,
         )
-    note(f"{what}: {checkpoint.provenance.get('source', 'a checkpoint')}", quiet)
+    told = checkpoint.provenance
+    trained = f", {told['test_accuracy']:.2f} % on the test split of {told['dataset']}" if "test_accuracy" in told else ""
+    note(f"{what}: {told.get('source', 'a checkpoint')}{trained}", quiet)
     for line in checkpoint.origin:
         note(line, quiet)
     with progress(quiet) as show:

@@ -29,6 +29,7 @@ from lenet_deploy.sources import (
     load,
     on_device,
     parity_dataset,
+    ready,
 )
 from lenet_deploy.variants import CHECKPOINT, DEVICES, RUNTIMES, VARIANTS, RuntimeEntry, select_artifacts
 
@@ -247,7 +248,7 @@ def _probe(runtime: RuntimeEntry, device: str) -> RuntimeStatus:
 def _open(bundle: str | Path | Bundle) -> Bundle:
     from lenet_deploy.bundle import open_bundle
 
-    return open_bundle(Path(bundle)) if isinstance(bundle, (str, Path)) else bundle
+    return open_bundle(ready(bundle)) if isinstance(bundle, (str, Path)) else bundle
 
 
 def _accuracies(report: ParityReport) -> tuple[AccuracyRow, ...]:

@@ -157,7 +157,7 @@ def open_path(what: str | Path, input_shape: tuple[int, int, int] | None = None)
     """
     from lenet_deploy.bundle import open_bundle
 
-    path = _path(what)
+    path = ready(what)
     if input_shape and min(input_shape) < 1:
         raise BadInput(f"the input shape is {','.join(map(str, input_shape))}; channels, height and width must be at least 1")
     source = _artifact_source(path, foreign=True, asked=input_shape) if path.is_file() else bundle_source(open_bundle(path))
@@ -224,6 +224,13 @@ def existing(what: str | Path) -> Path:
     if not path.exists() and path.name == str(what) and not path.suffix:
         raise UnknownName("model", str(what), (*(entry.name for entry in MODELS), *zoo.names()))
     return path
+
+
+def ready(what: str | Path) -> Path:
+    """WHAT as a path; raises BadInput for the name of a model that has not been exported here."""
+    if str(what) in (*(entry.name for entry in MODELS), *zoo.names()) and not Path(what).exists():
+        raise BadInput(f"{what}: nothing stands there yet; make its bundle first: lenet-deploy export {what}")
+    return _path(what)
 
 
 def _path(what: str | Path) -> Path:

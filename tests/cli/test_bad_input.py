@@ -177,6 +177,8 @@ UNKNOWN = [
     ("parity bundle --variants eager/*,tensorflow/*", "unknown variant 'tensorflow/*'", "eager/torch-cpu/fp32"),
     ("bench bundle --variants eager/torch-gpu/fp32", "unknown variant 'eager/torch-gpu/fp32'", "eager/torch-cpu/fp32"),
     ("predict bundle image.png --variant eager/torch-cpu", "unknown variant 'eager/torch-cpu'", "eager/torch-cpu/fp32"),
+    ("parity lenet5-mnist", "nothing stands there yet", "lenet-deploy export lenet5-mnist"),
+    ("bench lenet5", "nothing stands there yet", "lenet-deploy export lenet5"),
     ("train --data minst", "unknown data set 'minst'", "mnist"),
     ("evaluate bundle --data cifar", "unknown data set 'cifar'", "cifar10"),
     ("parity bundle --data digit", "unknown data set 'digit'", "digits"),
