@@ -91,7 +91,7 @@ def test_names_are_neither_models_nor_each_other() -> None:
 def test_a_name_loads_as_a_file_does_and_cannot_be_changed() -> None:
     found: Checkpoint = load("lenet5-mnist")
     assert found.metadata() == zoo.load("lenet5-mnist").metadata()
-    with pytest.raises(BadInput, match="leave out --model and --set"):
+    with pytest.raises(BadInput, match="leave out --model, --set"):
         load("lenet5-mnist", settings={"pooling": "max"})
 
 
