@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import lenet_deploy
+from lenet_deploy import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY, COMMANDS = ROOT / "lenet_deploy", ROOT / "cli"
@@ -49,6 +50,7 @@ PUBLIC = [
 ]
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "onnxscript", "torchvision", "safetensors", "PIL")
 # Heavy or optional packages and the only files that may import them, even inside a function.
+LARGEST_WHEEL_BYTES = 5_000_000
 HOMES = {
     "onnx": {"exporters/onnx.py", "exporters/signature.py", "runtimes/onnx_taps.py", "runtimes/onnxruntime.py"},
     "onnxruntime": {"runtimes/onnxruntime.py"},
@@ -110,7 +112,9 @@ def run_isolated(program: str, *arguments: str | Path) -> str:
 def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == {*modules(), "lenet_deploy/digits.npz", "lenet_deploy/py.typed"}
+    weights = {f"lenet_deploy/zoo/{name}.{suffix}" for name in zoo.names() for suffix in ("safetensors", "md")}
+    assert names == {*modules(), "lenet_deploy/digits.npz", "lenet_deploy/py.typed", *weights}
+    assert wheel.stat().st_size < LARGEST_WHEEL_BYTES
 
 
 def test_the_wheel_is_pure_and_carries_licence_and_entry_point(wheel: Path) -> None:
@@ -139,6 +143,13 @@ def test_the_installed_wheel_answers_on_its_own(installed: Path) -> None:
         "runpy.run_module('lenet_deploy.cli', run_name='__main__')"
     )
     assert run_isolated(program, installed) == f"lenet-deploy {lenet_deploy.__version__}\n"
+
+
+def test_the_installed_wheel_finds_its_trained_weights(installed: Path) -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from lenet_deploy import zoo; print(*(zoo.load(name).model for name in zoo.names()))"
+    )
+    assert run_isolated(program, installed).split() == [trained.model for trained in zoo.ZOO]
 
 
 def test_the_installed_wheel_finds_its_digits(installed: Path) -> None:

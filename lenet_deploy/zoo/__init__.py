@@ -37,6 +37,7 @@ ZOO: tuple[Trained, ...] = (
     Trained("lenet5-1998-mnist", "lenet5-1998", "mnist"),
     Trained("lenet5-fashion-mnist", "lenet5", "fashion-mnist"),
     Trained("lenet5-cifar10", "lenet5", "cifar10"),
+    Trained("lenet5-wide-cifar10", "lenet5-wide", "cifar10"),
 )
 DEFAULT = ZOO[0].name  # what `export` exports when nothing is named
 
