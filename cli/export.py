@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from lenet_deploy.models import MODELS
 from lenet_deploy.models.config import ACTIVATIONS, POOLINGS
+from lenet_deploy.sources import known_names
 from lenet_deploy.variants import FORMATS, PRECISIONS
-from lenet_deploy.zoo import DEFAULT, names
+from lenet_deploy.zoo import DEFAULT
 
 from .options import DataDir, Device, Download, OptionalData, Quiet, Seed, Set, What, dataset, decimals, settings, words
 from .output import emit, note, progress
@@ -96,7 +96,7 @@ def export(
 def _default_name(what: str) -> str:
     """The model's name; for a file its own, or its folder's where it is called `checkpoint`, with `-bundle` to keep it apart."""
     path = Path(what)
-    if not path.exists() or what in (*(model.name for model in MODELS), *names()):
+    if not path.exists() or what in known_names():
         return path.name
     stem = path.resolve().parent.name if path.stem == "checkpoint" else path.stem
     return f"{stem}-bundle"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lenet_deploy import zoo
 from lenet_deploy.errors import BadInput, CannotWrite
 from lenet_deploy.models import MODELS
+from lenet_deploy.sources import known_names
 
 from .errors import discard_stdout
 from .interrupts import raise_if_interrupted
@@ -130,7 +130,7 @@ def note_if_fresh(what: str, seed: int, quiet: bool) -> None:
     """Say so where WHAT is a model's name, whose weights are therefore untrained."""
     if what in (model.name for model in MODELS):
         note(f"{what}: freshly initialised from seed {seed}, not trained", quiet)
-    if what in (*(model.name for model in MODELS), *zoo.names()) and Path(what).exists():
+    if what in known_names() and Path(what).exists():
         note(f"{what}: the model of that name, not what stands in this folder; for that say ./{what}", quiet)
 
 

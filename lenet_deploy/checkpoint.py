@@ -79,7 +79,7 @@ class Checkpoint:
 def fresh(model: Model, settings: Mapping[str, str], seed: int) -> Checkpoint:
     """An untrained checkpoint of a registered model; raises UnknownName or InvalidConfig."""
     config = model.configured(settings)
-    weights = _plain(initialise(model.name, config, seed).state_dict())
+    weights = copied(initialise(model.name, config, seed).state_dict())
     preprocessing = make_preprocessing(config.in_channels, config.image_size, model.pixel_range)
     provenance = {"source": f"freshly initialised from seed {seed}", "seed": seed}
     return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), provenance, weights)
@@ -150,7 +150,7 @@ def foreign_checkpoint(adopted: Adopted, pixels: Pixels | None = None) -> Checkp
     if not (pixels and pixels.mean):
         assumed.append(f"pixels from {model.pixel_range[0]:g} to {model.pixel_range[1]:g}")
     provenance = {"source": "weights without metadata", "inferred": list(adopted.inferred), "assumed": assumed}
-    return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), provenance, _plain(adopted.weights))
+    return Checkpoint(model.name, config, preprocessing, _numbered(config.classes), provenance, copied(adopted.weights))
 
 
 def metadata_from_json(values: Mapping[str, Any], where: str) -> ArtifactMetadata:
@@ -285,7 +285,8 @@ def header_metadata(data: bytes) -> dict[str, str]:
     return metadata
 
 
-def _plain(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def copied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, contiguous, shared with nothing."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lenet_deploy import zoo
 from lenet_deploy.errors import BadInput, Inconclusive
-from lenet_deploy.models import MODELS, find_model
+from lenet_deploy.models import find_model
 from lenet_deploy.order_statistics import mcnemar_exact, wilson_ci95
 from lenet_deploy.records import Preprocessing
-from lenet_deploy.sources import existing, pixels_of, said
+from lenet_deploy.sources import existing, known_names, pixels_of, said
 
 if TYPE_CHECKING:
     import torch
@@ -99,8 +98,7 @@ def probe(
     from lenet_deploy import checkpoint
 
     given, pixels = said(settings, pooling, activation), pixels_of(mean, std, border)
-    named = str(what) in (*(entry.name for entry in MODELS), *zoo.names())
-    if named or existing(what).is_dir():
+    if str(what) in known_names() or existing(what).is_dir():
         raise BadInput(f"{what}: --probe is for a file of weights that others trained; leave it out")
     path = existing(what)
     adopted = checkpoint.recognise(path, model, given)

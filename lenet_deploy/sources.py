@@ -59,6 +59,11 @@ class Source:
         return checkpoint.from_bytes(self.read(held), self.described).origin if held else ()
 
 
+def known_names() -> tuple[str, ...]:
+    """What WHAT can be without being a path: models, and the trained ones of the zoo."""
+    return (*(entry.name for entry in MODELS), *zoo.names())
+
+
 def load(
     what: str | Path,
     *,
@@ -135,7 +140,7 @@ def open_source(what: str | Path, *, settings: Mapping[str, str] | None = None, 
     """
     from lenet_deploy.bundle import open_bundle
 
-    if str(what) in (*(entry.name for entry in MODELS), *zoo.names()):
+    if str(what) in known_names():
         return _checkpoint_source(what, load(what, settings=settings, seed=seed))
     path = _path(what)
     source = bundle_source(open_bundle(path)) if path.is_dir() else _artifact_source(path)
@@ -222,13 +227,13 @@ def existing(what: str | Path) -> Path:
     """WHAT as a path; a bare word that names no file is most likely a mistyped model, which UnknownName says."""
     path = _path(what)
     if not path.exists() and path.name == str(what) and not path.suffix:
-        raise UnknownName("model", str(what), (*(entry.name for entry in MODELS), *zoo.names()))
+        raise UnknownName("model", str(what), known_names())
     return path
 
 
 def ready(what: str | Path) -> Path:
     """WHAT as a path; raises BadInput for the name of a model that has not been exported here."""
-    if str(what) in (*(entry.name for entry in MODELS), *zoo.names()) and not Path(what).exists():
+    if str(what) in known_names() and not Path(what).exists():
         raise BadInput(f"{what}: nothing stands there yet; make its bundle first: lenet-deploy export {what}")
     return _path(what)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lenet_deploy import environment
-from lenet_deploy.checkpoint import Checkpoint
+from lenet_deploy.checkpoint import Checkpoint, copied
 from lenet_deploy.data import Dataset, fingerprint, fit, normalise, preprocessing_for
 from lenet_deploy.devices import parse_device
 from lenet_deploy.errors import BadInput, GateFailed, Unusable, first_line
@@ -95,12 +95,13 @@ def train(
     steps = math.ceil(len(batches) / config.batch_size)
 
     def standing() -> TrainState:
-        model = {f"model.{name}": tensor for name, tensor in plain(module).items()}
+        model = {f"model.{name}": tensor for name, tensor in copied(module.state_dict()).items()}
         tensors = {**model, **optimizer_tensors(optimizer), "generator": draws.get_state()}
         return TrainState(config, data_sha256, tuple(history), tensors)
 
     if state is None:
-        on_state(standing())
+        state = standing()
+        on_state(state)
     for epoch in range(len(history) + 1, config.epochs + 1):
         module.train()
         start = time.perf_counter()
@@ -122,10 +123,11 @@ def train(
         accuracy = 100.0 * team.total(torch.tensor(hits, device=device)) / len(test_images)
         lr = float(optimizer.param_groups[0]["lr"])
         history.append(EpochStats(epoch, mean_loss, lr, accuracy, len(batches) / seconds, seconds))
-        on_state(standing())
+        state = standing()
+        on_state(state)
         on_epoch(history[-1])
 
-    return as_checkpoint(standing(), dataset, team.size)
+    return as_checkpoint(state, dataset, team.size)
 
 
 def as_checkpoint(state: TrainState, dataset: Dataset, processes: int = 1) -> Checkpoint:
@@ -244,11 +246,6 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimi
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=config.lr, fused=True)
-
-
-def plain(module: nn.Module) -> dict[str, Tensor]:
-    """The module's tensors on the CPU, contiguous, shared with nothing."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
 
 
 def correct_top1(module: nn.Module, images: Tensor, labels: Tensor, preprocessing: Preprocessing) -> int:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from lenet_deploy.records import Manifest, ParityReport
 from lenet_deploy.variants import CHECKPOINT, ONNX_TS, TRACE, ArtifactSpec
 
 ROOT = Path(__file__).resolve().parent.parent
+IDX = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}  # torchvision's folders
 SHARED = Path(os.environ.get("LENET_DEPLOY_SHARED", ROOT.parent / "shared"))
 SMALL = {"in_channels": "1", "image_size": "28", "padding": "2"}
 
@@ -92,6 +94,39 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: the golden file and the real data sets are kept beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def idx_root(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A --data-dir with the official `.gz` files of MNIST and Fashion-MNIST, never unpacked."""
+    root = tmp_path_factory.mktemp("idx")
+    for name, folder in IDX.items():
+        if not (shared / "data" / name).is_dir():
+            pytest.skip(f"{shared / 'data' / name} is absent: the real data sets are kept beside the checkout")
+        (root / folder).mkdir()
+        shutil.copytree(shared / "data" / name, root / folder / "raw", copy_function=shutil.copyfile)
+        (root / folder / "raw").chmod(0o755)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar10_root(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A --data-dir with CIFAR-10 as `cifar10.npz`, made of its lossless sheets."""
+    script = shared / "data/cifar10/to_npz.py"
+    if not script.is_file():
+        pytest.skip(f"{script} is absent: the real data sets are kept beside the checkout")
+    root = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, str(script), str(root / "cifar10.npz")], check=True)
+    return root
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads wait for each other at each of thousands of tiny steps, for minutes where other processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,7 @@ import importlib.util
 import io
 import pickle
 import random
-import shutil
 import socketserver
-import subprocess
-import sys
 import threading
 import urllib.request
 import zipfile
@@ -33,7 +30,6 @@ from lenet_deploy.records import Preprocessing
 GREY = Preprocessing(1, 32, 0, (0.0,), (1.0,))
 RGB = Preprocessing(3, 32, 0, (0.0,) * 3, (1.0,) * 3)
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")
-IDX = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -97,19 +93,6 @@ def test_the_digits_are_those_of_scikit_learn(digits: Dataset) -> None:
 # MNIST, Fashion-MNIST, CIFAR-10
 
 
-@pytest.fixture(scope="module")
-def idx_root(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A --data-dir with the official `.gz` files of MNIST and Fashion-MNIST, never unpacked."""
-    root = tmp_path_factory.mktemp("idx")
-    for name, folder in IDX.items():
-        if not (shared / "data" / name).is_dir():
-            pytest.skip(f"{shared / 'data' / name} is absent: the real data sets are kept beside the checkout")
-        (root / folder).mkdir()
-        shutil.copytree(shared / "data" / name, root / folder / "raw", copy_function=shutil.copyfile)
-        (root / folder / "raw").chmod(0o755)
-    return root
-
-
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """What is asked of the network, where a proxy of our own answers with silence."""
@@ -133,7 +116,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 @pytest.mark.parametrize(
     ("name", "labels", "mean", "first"),
     [("mnist", data.DIGITS, 0.1307, (5, 7)), ("fashion-mnist", data.FASHION, 0.2860, (9, 9))],
-    ids=IDX,
+    ids=["mnist", "fashion-mnist"],
 )
 def test_official_gz_files_load_without_network_or_noise(
     name: str, labels: tuple[str, ...], mean: float, first: tuple[int, int], idx_root: Path, requests: list[bytes], capfd: Any
@@ -150,13 +133,8 @@ def test_official_gz_files_load_without_network_or_noise(
     assert requests == []
 
 
-def test_cifar10_loads_from_the_npz_of_its_sheets(shared: Path, tmp_path: Path) -> None:
-    script = shared / "data/cifar10/to_npz.py"
-    if not script.is_file():
-        pytest.skip(f"{script} is absent: the real data sets are kept beside the checkout")
-    subprocess.run([sys.executable, str(script), str(tmp_path / "cifar10.npz")], check=True)
-    loaded = load_dataset(str(tmp_path / "cifar10.npz"))
-    (tmp_path / "cifar10.npz").unlink()
+def test_cifar10_loads_from_the_npz_of_its_sheets(cifar10_root: Path) -> None:
+    loaded = load_dataset(str(cifar10_root / "cifar10.npz"))
     assert (loaded.train_images.shape, loaded.test_images.shape) == ((50_000, 3, 32, 32), (10_000, 3, 32, 32))
     assert loaded.train_labels.bincount().tolist() == [5000] * 10
     assert loaded.test_labels.bincount().tolist() == [1000] * 10

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,7 @@ CHANCE = 10.0  # percent, with ten classes
 each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads wait for each other at each of thousands of tiny steps, for minutes where other processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quickly(model: str = "lenet5", settings: dict[str, str] | None = None, **changes: Any) -> TrainConfig:
