@@ -90,6 +90,30 @@ def our_epochs(config: TrainConfig, dataset: data.Dataset) -> list[float]:
     return [stats.seconds for stats in seen]
 
 
+def convolution_epochs(config: TrainConfig, dataset: data.Dataset) -> list[float]:
+    """Seconds that each epoch's convolutions take alone, with the gradients that training needs: no loop over them can be faster."""
+    model_config = resolve(config, dataset)[1]
+    module = initialise(config.model, model_config).to(memory_format=torch.channels_last)
+    side, work = model_config.image_size, []
+    images = torch.rand(config.batch_size, model_config.in_channels, side, side).contiguous(memory_format=torch.channels_last)
+
+    def note(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        work.append((layer, inputs[0].detach().requires_grad_(len(work) > 0), torch.rand_like(output)))
+
+    hooks = [layer.register_forward_hook(note) for layer in module.modules() if isinstance(layer, torch.nn.Conv2d)]
+    module(images)
+    for hook in hooks:
+        hook.remove()
+    seconds = []
+    for _ in range(config.epochs):
+        start = time.perf_counter()
+        for _ in range(len(dataset.train_images) // config.batch_size):
+            for layer, values, gradient in work:
+                layer(values).backward(gradient)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 whole = data.load_dataset(arguments.data, arguments.data_dir)
 part = dataclasses.replace(
     whole,
@@ -111,13 +135,17 @@ OURS = {
     f"ours, recipe fast (batch {fast.batch_size})": fast,
     f"ours, recipe fast (batch {fast.batch_size}), compiled, channels last": dataclasses.replace(fast, compile=True, channels_last=True),
 }
-rates: dict[str, list[float]] = {name: [] for name in (*LOOPS, *OURS)}
+ALONE = "the convolutions alone, channels last"
+rates: dict[str, list[float]] = {name: [] for name in (*LOOPS, *OURS, ALONE)}
 compile_s: dict[str, float] = {}
 for visit in range(arguments.rounds):
     for name in rates:
         torch._dynamo.reset()
         start = time.perf_counter()
-        first, counted = lecture_epochs(lecture, part, LOOPS[name]) if name in LOOPS else our_epochs(OURS[name], part)
+        if name == ALONE:
+            first, counted = convolution_epochs(lecture, part)
+        else:
+            first, counted = lecture_epochs(lecture, part, LOOPS[name]) if name in LOOPS else our_epochs(OURS[name], part)
         if visit == 0 and name in OURS and OURS[name].compile:
             compile_s[name] = first - counted
         rates[name].append(arguments.images / counted)

@@ -155,12 +155,13 @@ RECIPES: tuple[Recipe, ...] = (
             "fashion-mnist": {"crop": 1, "flip": True},
             "cifar10": {"batch_size": 256, "lr": 0.004, "crop": 1, "flip": True},
         },
-        # Four times the weights learn for longer: 25 epochs gave 79.1 %.
+        # Four times the weights learn for longer. Smaller batches than lenet5's were worth 1.5 points.
         by_model={
             ("lenet5-wide", "cifar10"): {
                 "epochs": 64,
+                "batch_size": 128,
                 "optimizer": "adamw",
-                "lr": 0.005,
+                "lr": 0.003,
                 "weight_decay": 0.1,
                 "label_smoothing": 0.1,
                 "crop": 2,

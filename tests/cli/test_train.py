@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +72,26 @@ def test_progress_is_one_line_an_epoch_on_standard_error_and_quiet_silences_it(l
     assert "Epoch" not in loud[1]
     assert (quiet[0], quiet[2]) == (0, "")
     assert quiet[1] == loud[1]
+
+
+def test_a_terminal_has_a_bar_in_place_of_the_lines(tmp_path: Path) -> None:
+    """A real terminal behind standard error; what came is all that was drawn on it, control sequences and all."""
+    pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lenet_deploy.cli", "train", "--epochs", "3", *SMALL, "--out", "run"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "160"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        drawn = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # EIO: the other end is closed
+            while piece := terminal.read(1 << 16):
+                drawn += piece
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, drawn
+    shown = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", drawn)
+    assert re.search(rb"Epoch: 3, LR: [\d.]+, Loss: [\d.]+, accuracy: [\d.]+ %, [\d,]+ images/s \S+ 3/3", shown), shown
+    assert drawn.endswith((b"\x1b[2K", b"\x1b[?25h")), "the bar is taken away in the end"
+    assert out.startswith(b"run/checkpoint.safetensors: ")
 
 
 def test_the_same_seed_trains_the_same_checkpoint(lenet: Lenet, tmp_path: Path) -> None:
