@@ -136,9 +136,9 @@ def digits() -> data.Dataset:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(digits: data.Dataset) -> Checkpoint:
-    """lenet5 trained for three epochs on the embedded digits."""
-    return train.train(train.TrainConfig("lenet5", SMALL, epochs=3, device="cpu"), digits)
+def checkpoint(digits: data.Dataset, once: Callable[..., Checkpoint]) -> Checkpoint:
+    """lenet5 trained for three epochs on the embedded digits; the same one in every process, whose seconds are in it, too."""
+    return once("checkpoint", lambda path: train.train(train.TrainConfig("lenet5", SMALL, epochs=3, device="cpu"), digits))
 
 
 def fewer(patch: pytest.MonkeyPatch) -> None:
