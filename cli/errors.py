@@ -31,6 +31,13 @@ UNEXPECTED = 70  # sysexits.h EX_SOFTWARE: a defect of this program
 
 def run(application: typer.Typer) -> int:
     """Run the application on sys.argv and return the exit code; a traceback appears only with LENET_DEPLOY_DEBUG=1."""
+    try:
+        return _outcome(application)
+    except KeyboardInterrupt:  # while an error was being said
+        return say_interrupted()
+
+
+def _outcome(application: typer.Typer) -> int:
     if sys.stdout is None:  # closed by the caller
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # it lives as long as the process
     try:

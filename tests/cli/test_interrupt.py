@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from lenet_deploy.cli import build, errors
 
 from lenet_deploy.bundle import Bundle, open_bundle
 from lenet_deploy.variants import ARTIFACTS
@@ -226,3 +227,15 @@ def test_an_interrupt_while_modules_are_imported_is_no_traceback(wait_s: float, 
     assert "Traceback" not in err, err
     if process.returncode not in (0, 2):  # it was quicker
         assert process.returncode in (130, -signal.SIGINT)
+
+
+def test_an_interrupt_while_an_error_is_said_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At that very moment: the signal's handler raises from within the print."""
+
+    def interrupted(message: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(errors, "_say", interrupted)
+    monkeypatch.setattr(sys, "argv", ["lenet-deploy", "compare", "absent", "absent"])
+    assert errors.run(build()) == 130
+    assert capsys.readouterr().err == "interrupted; nothing is half-written\n"
